@@ -1,0 +1,79 @@
+// spike_linear: spike codes x packed 4-bit weights.
+//
+//   y[m, n] = b[n] + sum_g s_x[m, range(g)] * s_w[n, g] * ( sum_{k in g} c[m, k] (q[n, k] - z_w[n, g]) - z_x S[n, g] )
+//
+// z_x and S[n, g] = sum_{k in g} (q - z_w) only exist for compat codes. Weights: [N/32][blocks][64 bytes]; byte 4 i + j of
+// a block holds channel j of the block's four channels for output i (low nibble) and output 16 + i (high nibble).
+// Codes: panels of up to 12 tokens, [blocks][tokens][4 bytes], so that one broadcast feeds 32 outputs.
+#pragma once
+
+#include "core/status.h"
+#include "spike_encode/spike_encode.h"
+
+namespace ranvier {
+
+constexpr std::int64_t kOutputBlock = 32, kBlockBytes = 64, kTileRows = 12;
+
+// A layer as its owner describes it: int64 fields only, so that the caller can pack it in one go.
+struct SpikeLayer {
+  SpikeFormat format;
+  std::int64_t N;
+  std::int64_t mask;          // uint8 [K] or 0
+  std::int64_t weight;        // uint8 [N/32][blocks][64]
+  std::int64_t weight_scale;  // float32 [N/32][groups][32]
+  std::int64_t weight_zero;   // uint8 [N/32][groups][32]
+  std::int64_t weight_sum;    // int32 [N/32][groups][32]; compat only, else 0
+  std::int64_t bias;          // [N] or 0
+  std::int64_t bias_dtype;    // DType
+};
+
+// One call, ready for the kernels.
+struct SpikeProduct {
+  SpikeFormat format;
+  std::int64_t M, N;
+  const std::int8_t* panels;
+  const float* scale;              // [M, ranges]
+  const std::int32_t* sums;        // [M, groups]
+  const std::int32_t* zero;        // [M, ranges] or nullptr
+  const std::uint8_t* weight;
+  const float* weight_scale;
+  const std::uint8_t* weight_zero;
+  const std::int32_t* weight_sum;
+  const void* bias;
+  DType bias_dtype;
+  void* y;                         // [M, N]
+  DType y_dtype;
+
+  RANVIER_INLINE std::int64_t tiles() const { return (M + kTileRows - 1) / kTileRows; }
+  // Tiles differ by one row at most: no size of M leaves a narrow, inefficient tile behind.
+  RANVIER_INLINE std::int64_t tile_begin(std::int64_t t) const { return t * M / tiles(); }
+};
+
+// Outputs [32 * block, +32) for the tokens of tiles [first, last); one thread.
+using SpikeLinearBlock = void (*)(const SpikeProduct&, std::int64_t block, std::int64_t first, std::int64_t last);
+
+SpikeLinearBlock spike_linear_block();
+
+extern "C" {
+void spike_linear_block_scalar(const SpikeProduct&, std::int64_t block, std::int64_t first, std::int64_t last);
+void spike_linear_block_avx2(const SpikeProduct&, std::int64_t block, std::int64_t first, std::int64_t last);
+void spike_linear_block_avx512vnni(const SpikeProduct&, std::int64_t block, std::int64_t first, std::int64_t last);
+}
+
+// Row-major codes [M, K] for callers that look at them: codes, scale [M, ranges], sums [M, groups], zero [M, ranges].
+Status spike_encode(const SpikeFormat&, const std::uint8_t* mask, const void* x, std::int64_t x_stride, DType dtype,
+                    std::int64_t M, std::int8_t* codes, float* scale, std::int32_t* sums, std::int32_t* zero);
+// The product of row-major codes.
+Status spike_linear(const SpikeLayer&, const std::int8_t* codes, const float* scale, const std::int32_t* sums,
+                    const std::int32_t* zero, std::int64_t M, void* y, DType y_dtype);
+
+// An encoding that several layers read: one buffer with scales, sums, zeros and panels.
+std::int64_t spike_encoding_bytes(const SpikeFormat&, std::int64_t M);
+Status spike_encode_panels(const SpikeFormat&, const std::uint8_t* mask, const void* x, std::int64_t x_stride,
+                           DType dtype, std::int64_t M, void* encoding);
+Status spike_linear_panels(const SpikeLayer&, const void* encoding, std::int64_t M, void* y, DType y_dtype);
+// Both in one call, the encoding in memory of the calling thread.
+Status spike_linear_dynamic(const SpikeLayer&, const void* x, std::int64_t x_stride, DType dtype, std::int64_t M, void* y,
+                            DType y_dtype);
+
+}  // namespace ranvier

@@ -1,0 +1,1 @@
+"""Whole published methods, built from :mod:`ranvier.nn` and :mod:`ranvier.ops`."""

@@ -1,0 +1,6 @@
+"""SpikeLLM: saliency-based spiking for large language models (arXiv 2407.04752), as post-training conversion."""
+
+from ranvier.methods.spikellm.convert import LayerReport, SpikeReport, spike_, unspike_
+from ranvier.methods.spikellm.saliency import first_order_saliency, salient_mask
+
+__all__ = ["LayerReport", "SpikeReport", "first_order_saliency", "salient_mask", "spike_", "unspike_"]

@@ -1,0 +1,64 @@
+"""Text to calibrate and evaluate on without a download: CPython's own help texts, WikiText-2 where it is found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WIKITEXT2 = Path("wikitext2-test") / "wikitext2-raw-test.txt"
+
+
+def topics_text(half: int) -> str:
+    """Half 0 (calibration) or 1 (evaluation) of CPython's ``pydoc_data.topics``; no topic is in both.
+
+    The topics stand in the order of their names and are cut where half of the characters are passed.
+    Raises ValueError for another half.
+    """
+    if half not in (0, 1):
+        raise ValueError(f"topics_text: half is {half!r}; allowed are 0 and 1")
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    total, seen, first = sum(map(len, topics.values())), 0, 0
+    while 2 * seen < total:
+        seen += len(topics[names[first]])
+        first += 1
+    return "\n\n".join(topics[name] for name in (names[:first] if half == 0 else names[first:]))
+
+
+def wikitext2_path() -> Path | None:
+    """The raw test split of WikiText-2 as one text file, or None where it is not found.
+
+    Looked for as wikitext2-test/wikitext2-raw-test.txt under the folder that RANVIER_DATA names, else under
+    ../shared/data beside the current folder or the checkout.
+    """
+    if given := os.environ.get("RANVIER_DATA"):
+        roots = [Path(given)]
+    else:
+        checkout = Path(__file__).resolve().parents[4]
+        roots = [place.parent / "shared" / "data" for place in (Path.cwd(), checkout)]
+    return next((root / WIKITEXT2 for root in roots if (root / WIKITEXT2).is_file()), None)
+
+
+def token_ids(tokenizer: Any, text: str) -> Tensor:
+    """The text's tokens as one row: int64 [L]."""
+    encoded = tokenizer(text, verbose=False)  # not a word about the length: it is cut into windows
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def calibration_batches(tokenizer: Any, text: str, tokens: int = 2048, window: int = 512) -> Iterator[Tensor]:
+    """The text's first tokens in windows: int64 [1, up to window] each, ``tokens`` in all or as many as the text has.
+
+    Raises ValueError for a text without tokens.
+    """
+    if tokens < 1 or window < 1:
+        raise ValueError(f"calibration_batches: tokens={tokens}, window={window}; both must be at least 1")
+    ids = token_ids(tokenizer, text)[:tokens]
+    if ids.numel() == 0:
+        raise ValueError("calibration_batches: the text has no tokens; pass a longer one")
+    return iter(ids[None].split(window, dim=1))

@@ -1,0 +1,110 @@
+"""How fast a causal language model reads and writes, and what its spiking layers fire."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ranvier.methods.spikellm.evaluate import evaluating
+from ranvier.nn.spike_linear import SpikingLinear
+from ranvier.ops.spike_events import spike_events, spike_raster
+
+COUNTS = ("spikes_u", "spikes_c", "accumulates_u", "accumulates_c", "zero_fraction_u", "zero_fraction_c", "macs", "ace")
+
+
+class GenerationSpeed(NamedTuple):
+    """Tokens a second: prefill of the whole prompt with all its logits, decode token by token."""
+
+    prefill: float
+    decode: float
+
+
+def generation_speed(
+    model: nn.Module, ids: Tensor, new_tokens: int = 24, context: int = 64, repeats: int = 3
+) -> GenerationSpeed:
+    """Medians over ``repeats`` prefills of ids [1, L] and over ``new_tokens`` greedy steps after ``context`` tokens.
+
+    model(ids, use_cache=True) returns logits and past_key_values, which it takes again, as transformers' models do.
+    """
+    prefill, decode = [], []
+    with evaluating(model):
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            model(ids, use_cache=False)
+            prefill.append(time.perf_counter() - start)
+        state = model(ids[:, :context], use_cache=True)
+        for _ in range(new_tokens + 1):
+            start = time.perf_counter()
+            token = state.logits[:, -1:].argmax(-1)
+            state = model(token, past_key_values=state.past_key_values, use_cache=True)
+            decode.append(time.perf_counter() - start)
+    return GenerationSpeed(ids.shape[1] / median(prefill[1:]), 1.0 / median(decode[1:]))
+
+
+def spiking_layers(model: nn.Module) -> dict[str, SpikingLinear]:
+    """The spiking layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SpikingLinear)}
+
+
+@contextmanager
+def watching(layers: list[SpikingLinear], see: Callable[[SpikingLinear, Tensor], Any]) -> Iterator[None]:
+    """Calls ``see(layer, x)`` before each forward of a layer."""
+    handles = [layer.register_forward_pre_hook(lambda module, args: see(module, args[0])) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def spikes_per_token(model: nn.Module, ids: Tensor) -> dict[str, float | None]:
+    """Spikes, accumulates, multiply-accumulates and ACE a token of all spiking layers, reading ids [1, L] once.
+
+    A spike is one unit of a code: of the unsigned u, as the paper counts them, or of the centred, signed c. Layers that
+    share an encoding share its spikes and add up their own accumulates. Zero fractions are means over codes. All None
+    where no layer is spiking.
+    """
+    layers = list(spiking_layers(model).values())
+    if not layers:
+        return dict.fromkeys(COUNTS)
+    totals, silent, codes = dict.fromkeys(COUNTS, 0.0), {"u": 0.0, "c": 0.0}, 0.0
+    encoded = {id(layer.group or layer): layer for layer in reversed(layers)}
+
+    def see(layer: SpikingLinear, x: Tensor) -> None:
+        nonlocal codes
+        count = spike_events(layer, x, "unary", execute=False).per_token()
+        for name in ("accumulates_u", "accumulates_c", "macs", "ace"):
+            totals[name] += count[name]
+        if encoded[id(layer.group or layer)] is layer:
+            codes += count["codes"]
+            for code in silent:
+                totals[f"spikes_{code}"] += count[f"spikes_{code}"]
+                silent[code] += count[f"silent_{code}"]
+
+    with evaluating(model), watching(layers, see):
+        model(ids)
+    return totals | {f"zero_fraction_{code}": silent[code] / codes for code in silent}
+
+
+def layer_raster(model: nn.Module, layer: SpikingLinear, ids: Tensor) -> Tensor:
+    """The spikes that reach one layer while the model reads ids [1, L]: int32 [L, steps, K], levels of each time step."""
+    seen: list[Tensor] = []
+    with (
+        evaluating(model),
+        watching([layer], lambda module, x: seen.append(spike_raster(module, x.reshape(-1, x.shape[-1])))),
+    ):
+        model(ids)
+    return seen[0]
+
+
+def continue_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+    """The prompt and its most likely continuation. model has transformers' ``generate``."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with evaluating(model):
+        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(output[0], skip_special_tokens=True)

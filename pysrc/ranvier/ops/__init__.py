@@ -1,0 +1,20 @@
+"""Functional calls of the compiled kernels, each also a torch op in the ``ranvier::`` namespace."""
+
+from ranvier.ops.spike_encode import SpikeCodes, SpikeFormat, spike_encode
+from ranvier.ops.spike_events import SpikeCounts, SpikeEvents, spike_events, spike_raster
+from ranvier.ops.spike_linear import PackedWeight, pack_weight, spike_linear, spike_linear_dynamic, unpack_weight
+
+__all__ = [
+    "PackedWeight",
+    "SpikeCodes",
+    "SpikeCounts",
+    "SpikeEvents",
+    "SpikeFormat",
+    "pack_weight",
+    "spike_encode",
+    "spike_events",
+    "spike_linear",
+    "spike_linear_dynamic",
+    "spike_raster",
+    "unpack_weight",
+]

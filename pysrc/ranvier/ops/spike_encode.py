@@ -1,0 +1,170 @@
+"""spike_encode: activations as int8 spike codes, one scale a token (or two), one code sum a group.
+
+    c = T (clip(round(x / s_l) + z, 0, L - 1) - z)  on ordinary channels,   s_l = T s_h
+    c = clip(round(x / s_h) + z, 0, T (L - 1)) - z  on salient channels,    x^ = s_h c
+
+L = 2^act_bits levels a step, T steps: the Generalized Integrate-and-Fire rule of SpikeLLM (arXiv 2407.04752, section 3).
+The other grids and spans: :mod:`ranvier.reference.spike_encode`.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ranvier import _C
+from ranvier.config import GRIDS, SPANS
+from ranvier.ops._args import DTYPES, MAX_CHANNELS, check_float, pointer
+from ranvier.ops._declare import declare
+from ranvier.reference import spike_encode as reference
+from ranvier.reference.spike_encode import SpikeCodes
+
+SCHEMA = (
+    "spike_encode(Tensor x, Tensor? salient_mask, int salient_count, int act_bits, int steps, str span, str grid,"
+    " int group_size) -> (Tensor codes, Tensor scale, Tensor code_sum, Tensor zero)"
+)
+
+
+@dataclass(frozen=True)
+class SpikeFormat:
+    """How tokens of K channels are encoded; what the compiled kernels and the packed weights agree on."""
+
+    channels: int
+    salient_count: int
+    act_bits: int
+    steps: int
+    span: str
+    grid: str
+    group_size: int = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Channels of each range: [K], or [K - K_s, K_s] when salient channels have a scale of their own."""
+        two = reference.has_two_ranges(
+            self.salient_count, self.channels, act_bits=self.act_bits, steps=self.steps, span=self.span, grid=self.grid
+        )
+        return [self.channels - self.salient_count, self.salient_count] if two else [self.channels]
+
+    @property
+    def groups(self) -> list[int]:
+        """Groups of each range."""
+        return [-(-length // self.group_size) if self.group_size else 1 for length in self.lengths]
+
+    @property
+    def blocks(self) -> list[int]:
+        """Blocks of four channels of each range, the last one filled up."""
+        return [-(-length // 4) for length in self.lengths]
+
+    @property
+    def rule(self) -> dict:
+        """The keyword arguments of the reference."""
+        return {"act_bits": self.act_bits, "steps": self.steps, "span": self.span, "grid": self.grid}
+
+    def fields(self) -> tuple[int, ...]:
+        """The fields of csrc SpikeFormat, in its order."""
+        low = self.channels - self.salient_count
+        flags = (int(self.span == "separate"), int(self.grid == "compat"))
+        return (self.channels, low, len(self.lengths), self.group_size, self.act_bits, self.steps, *flags)
+
+    def check(self, op: str) -> None:
+        """Raises ValueError for a format no kernel can run."""
+        if not 0 < self.channels <= MAX_CHANNELS:
+            raise ValueError(f"{op}: K is {self.channels}; allowed are 1 to {MAX_CHANNELS} channels")
+        if not 0 <= self.salient_count <= self.channels:
+            raise ValueError(f"{op}: salient_count is {self.salient_count}; it must be from 0 to K = {self.channels}")
+        if not 1 <= self.act_bits <= 8 or self.steps < 1:
+            raise ValueError(f"{op}: act_bits={self.act_bits}, steps={self.steps}; allowed are 1 to 8 bits and at least 1 step")
+        if self.span not in SPANS or self.grid not in GRIDS:
+            raise ValueError(f"{op}: span={self.span!r}, grid={self.grid!r}; allowed are {SPANS} and {GRIDS}")
+        if self.group_size < 0 or self.group_size % 4:
+            raise ValueError(f"{op}: group_size is {self.group_size}; allowed are 0 (none) and multiples of 4")
+        if self.grid == "compat" and self.act_bits == 8:
+            raise ValueError(f"{op}: grid='compat' keeps raw codes in int8; act_bits=8 does not fit, use 7 or less")
+        top = self.steps * (2**self.act_bits - 1) if self.grid == "consistent" else (self.steps << self.act_bits) - 1
+        if self.span == "shared" and self.act_bits < 8 and top > 127:
+            raise ValueError(f"{op}: codes reach {top} with act_bits={self.act_bits}, steps={self.steps}; int8 ends at 127")
+
+
+def check(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> None:
+    check_float("spike_encode", "x", x)
+    if x.ndim == 0:
+        raise ValueError("spike_encode: x has no dimensions; its last one must hold the channels")
+    SpikeFormat(x.shape[-1], salient_count, *rest).check("spike_encode")
+    if salient_mask is None:
+        if salient_count:
+            raise ValueError(f"spike_encode: salient_count is {salient_count} but there is no salient_mask")
+    elif salient_mask.dtype != torch.bool or tuple(salient_mask.shape) != (x.shape[-1],):
+        got = f"{salient_mask.dtype} {list(salient_mask.shape)}"
+        raise ValueError(f"spike_encode: salient_mask is {got}; it must be bool [{x.shape[-1]}], one entry per channel of x")
+
+
+def _outputs(x: Tensor, form: SpikeFormat) -> SpikeCodes:
+    lead = x.shape[:-1]
+    return SpikeCodes(
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty((*lead, len(form.lengths)), dtype=torch.float32),
+        x.new_empty((*lead, sum(form.groups)), dtype=torch.int32),
+        x.new_empty((*lead, len(form.lengths)), dtype=torch.int32),
+    )
+
+
+def fake(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> SpikeCodes:
+    return _outputs(x, SpikeFormat(x.shape[-1], salient_count, *rest))
+
+
+def cpu(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> SpikeCodes:
+    form = SpikeFormat(x.shape[-1], salient_count, *rest)
+    out, x = _outputs(x, form), x.contiguous()
+    mask = salient_mask.contiguous() if salient_mask is not None else None
+    _C.spike_encode(
+        struct.pack("8q", *form.fields()), pointer(mask), x.data_ptr(), x.shape[-1], DTYPES[x.dtype],
+        x.numel() // x.shape[-1], *(pointer(t) for t in out),
+    )  # fmt: skip
+    return out
+
+
+def reference_encode(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> SpikeCodes:
+    form = SpikeFormat(x.shape[-1], salient_count, *rest)
+    mask = salient_mask if salient_mask is not None else torch.zeros(form.channels, dtype=torch.bool, device=x.device)
+    return reference.spike_encode(x, mask, **form.rule, group_size=form.group_size or None)
+
+
+op = declare(
+    SCHEMA,
+    check=check,
+    fake=fake,
+    cpu=cpu,
+    reference=reference_encode,
+    places=("reference", "csrc", "ops", "tests", "benchmarks"),
+)
+
+
+def spike_encode(
+    x: Tensor,
+    salient_mask: Tensor | None = None,
+    *,
+    act_bits: int = 4,
+    steps: int = 2,
+    span: str = "shared",
+    grid: str = "consistent",
+    group_size: int | None = None,
+    salient_count: int | None = None,
+    backend: str | None = None,
+) -> SpikeCodes:
+    """Encode tokens as spike counts.
+
+    x: float32, bfloat16 or float16 [..., K]. salient_mask: bool [K], True where a channel takes ``steps`` time steps.
+    Returns :class:`SpikeCodes`: codes int8 [..., K], scale float32 [..., R], code_sum int32 [..., G], zero int32 [..., R].
+    With R = 2 (span "separate", or grid "compat" with steps > 1) codes hold the ordinary channels first, then the salient
+    ones. A token with NaN or Inf gets scale NaN, so that everything made from it is NaN, and touches no other token.
+
+    salient_count: ``salient_mask.sum()`` where the caller knows it. backend: a name is a contract, None takes the device's.
+    Raises ValueError for shapes and options out of range, TypeError for dtypes, BackendError for a backend that cannot run.
+    Source: SpikeLLM, arXiv 2407.04752, sections 3.1-3.2.
+    """
+    if salient_count is None:
+        salient_count = int(salient_mask.sum()) if salient_mask is not None else 0
+    return SpikeCodes(*op(x, salient_mask, salient_count, act_bits, steps, span, grid, group_size or 0, backend=backend))

@@ -1,0 +1,299 @@
+"""spike_linear: spike codes x packed 4-bit weights, in one integer product equal to the sum over all spikes.
+
+    y[m, n] = b[n] + sum_g s_x[m, r(g)] s_w[n, g] ( sum_{k in g} c[m, k] (q[n, k] - z_w[n, g]) - z_x[m, r(g)] S[n, g] )
+
+`spike_linear` takes codes, `spike_linear_dynamic` activations: encode, product and epilogue in one call. Its gradient is the
+straight-through one: dx = dy W^, db = sum dy. Formulas: :mod:`ranvier.reference.spike_linear`.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ranvier import _C
+from ranvier.ops._args import DTYPES, check_channels, check_float, check_tensor, pointer
+from ranvier.ops._declare import declare
+from ranvier.ops.spike_encode import SpikeFormat, reference_encode
+from ranvier.reference import spike_linear as reference
+from ranvier.reference.spike_encode import SpikeCodes, channel_order
+
+OUTPUT_BLOCK = 32
+WEIGHT = (
+    "Tensor weight_packed, Tensor weight_scale, Tensor weight_zero, Tensor? weight_sum, Tensor? salient_mask, Tensor? bias,"
+    " int out_features, int salient_count, int act_bits, int steps, str span, str grid, int group_size"
+)
+
+
+class PackedWeight(NamedTuple):
+    """Weights as the kernels read them; G groups of channels, B blocks of four, outputs in blocks of 32.
+
+    packed uint8 [N/32, B, 64], scale float32 [N/32, G, 32], zero uint8 [N/32, G, 32], sum int32 [N/32, G, 32] (compat only).
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor
+    sum: Tensor | None
+
+
+def _by_block(table: Tensor) -> Tensor:
+    """[N, G] -> [N/32, G, 32], missing outputs zero."""
+    rows = -(-table.shape[0] // OUTPUT_BLOCK) * OUTPUT_BLOCK
+    padded = torch.nn.functional.pad(table, (0, 0, 0, rows - table.shape[0]))
+    return padded.view(-1, OUTPUT_BLOCK, table.shape[1]).transpose(1, 2).contiguous()
+
+
+def _by_output(table: Tensor, out_features: int) -> Tensor:
+    """The inverse of `_by_block`."""
+    return table.transpose(1, 2).reshape(-1, table.shape[1])[:out_features]
+
+
+def pack_codes(q: Tensor, lengths: list[int]) -> Tensor:
+    """q uint8 [N, K] with codes 0..15 -> uint8 [N/32, B, 64].
+
+    Byte 4 i + j of a block holds channel j of its four for output i (low nibble) and output 16 + i (high nibble).
+    """
+    pieces = [torch.nn.functional.pad(part, (0, -part.shape[1] % 4)) for part in q.split(lengths, 1)]
+    q = torch.cat(pieces, 1)
+    q = torch.nn.functional.pad(q, (0, 0, 0, -q.shape[0] % OUTPUT_BLOCK))
+    halves = q.view(-1, 2, OUTPUT_BLOCK // 2, q.shape[1] // 4, 4).permute(1, 0, 3, 2, 4)
+    return (halves[0] | (halves[1] << 4)).reshape(-1, q.shape[1] // 4, 64).contiguous()
+
+
+def unpack_codes(packed: Tensor, lengths: list[int], out_features: int) -> Tensor:
+    """The inverse of :func:`pack_codes`."""
+    blocks = packed.shape[1]
+    halves = torch.stack([packed & 15, packed >> 4]).view(2, -1, blocks, OUTPUT_BLOCK // 2, 4)
+    q = halves.permute(1, 0, 3, 2, 4).reshape(-1, 4 * blocks)[:out_features]
+    padded = [-(-length // 4) * 4 for length in lengths]
+    return torch.cat([part[:, :length] for part, length in zip(q.split(padded, 1), lengths, strict=True)], 1)
+
+
+def pack_weight(weight: Tensor, salient_mask: Tensor | None, form: SpikeFormat) -> PackedWeight:
+    """Quantize a float weight [N, K] round to nearest and pack it for codes of this format."""
+    weight = weight.detach().float()
+    if len(form.lengths) == 2:
+        weight = weight[:, channel_order(salient_mask)]
+    q, scale, zero = reference.quantize_weight(weight, form.lengths, form.group_size or None)
+    total = None
+    if form.grid == "compat":
+        groups, _ = reference.group_index(form.lengths, form.group_size or None, weight.device)
+        signed = q.to(torch.int32) - zero.to(torch.int32)[:, groups]
+        total = torch.zeros(scale.shape, dtype=torch.int32, device=weight.device).index_add_(1, groups, signed)
+        total = _by_block(total)
+    return PackedWeight(pack_codes(q, form.lengths), _by_block(scale), _by_block(zero), total)
+
+
+def unpack_weight(weight: PackedWeight, salient_mask: Tensor | None, form: SpikeFormat, out_features: int) -> Tensor:
+    """s_w (q - z_w): float32 [N, K], the channels in the layer's own order."""
+    groups, _ = reference.group_index(form.lengths, form.group_size or None, weight.packed.device)
+    q = unpack_codes(weight.packed, form.lengths, out_features)
+    scale, zero = _by_output(weight.scale, out_features), _by_output(weight.zero, out_features)
+    value = reference.dequantize_weight(q, scale, zero, groups)
+    if len(form.lengths) == 1:
+        return value
+    natural = torch.empty_like(value)
+    natural[:, channel_order(salient_mask)] = value
+    return natural
+
+
+def layer_description(weight: PackedWeight, mask: Tensor | None, bias: Tensor | None, form: SpikeFormat, out: int) -> bytes:
+    """csrc SpikeLayer, packed: fields in its order. It holds addresses: valid while the tensors live where they are."""
+    mask_address = pointer(mask) if form.salient_count else 0
+    bias_dtype = DTYPES[bias.dtype] if bias is not None else 0
+    tables = (pointer(weight.packed), pointer(weight.scale), pointer(weight.zero), pointer(weight.sum))
+    return struct.pack("16q", *form.fields(), out, mask_address, *tables, pointer(bias), bias_dtype)
+
+
+def check_layer(op: str, weight: PackedWeight, mask: Tensor | None, bias: Tensor | None, form: SpikeFormat, out: int) -> None:
+    """Raises ValueError or TypeError when the tensors do not belong to this format."""
+    form.check(op)
+    rows, groups, blocks = -(-out // OUTPUT_BLOCK), sum(form.groups), sum(form.blocks)
+    check_tensor(op, "weight_packed", weight.packed, torch.uint8, (rows, blocks, 64))
+    check_tensor(op, "weight_scale", weight.scale, torch.float32, (rows, groups, OUTPUT_BLOCK))
+    check_tensor(op, "weight_zero", weight.zero, torch.uint8, (rows, groups, OUTPUT_BLOCK))
+    if form.grid == "compat":
+        if weight.sum is None:
+            raise ValueError(f"{op}: grid='compat' needs weight_sum; pack the weight for that grid")
+        check_tensor(op, "weight_sum", weight.sum, torch.int32, (rows, groups, OUTPUT_BLOCK))
+    if mask is not None:
+        check_tensor(op, "salient_mask", mask, torch.bool, (form.channels,))
+    elif form.salient_count:
+        raise ValueError(f"{op}: salient_count is {form.salient_count} but there is no salient_mask")
+    if bias is not None:
+        check_float(op, "bias", bias)
+        if tuple(bias.shape) != (out,):
+            raise ValueError(f"{op}: bias has shape {list(bias.shape)}; it must be [{out}]")
+
+
+def _split(args: tuple, channels: int) -> tuple[PackedWeight, Tensor | None, Tensor | None, SpikeFormat, int]:
+    packed, scale, zero, total, mask, bias, out, count, *rule = args
+    return PackedWeight(packed, scale, zero, total), mask, bias, SpikeFormat(channels, count, *rule), out
+
+
+def _contiguous(weight: PackedWeight) -> PackedWeight:
+    return PackedWeight(*(t if t is None else t.contiguous() for t in weight))
+
+
+def _reference_product(encoded: SpikeCodes, args: tuple, dtype: torch.dtype) -> Tensor:
+    weight, _, bias, form, out = _split(args, encoded.codes.shape[-1])
+    q = unpack_codes(weight.packed, form.lengths, out)
+    scale, zero = _by_output(weight.scale, out), _by_output(weight.zero, out)
+    return reference.spike_linear(encoded, q, scale, zero, bias, form.lengths, form.group_size or None).to(dtype)
+
+
+def check_codes(codes: Tensor, scale: Tensor, code_sum: Tensor, zero: Tensor, *rest) -> None:
+    weight, mask, bias, form, out = _split(rest[:-1], codes.shape[-1] if codes.ndim else 0)
+    check_layer("spike_linear", weight, mask, bias, form, out)
+    lead = tuple(codes.shape[:-1])
+    check_tensor("spike_linear", "codes", codes, torch.int8, (*lead, form.channels))
+    check_tensor("spike_linear", "scale", scale, torch.float32, (*lead, len(form.lengths)))
+    check_tensor("spike_linear", "code_sum", code_sum, torch.int32, (*lead, sum(form.groups)))
+    check_tensor("spike_linear", "zero", zero, torch.int32, (*lead, len(form.lengths)))
+    if rest[-1] not in DTYPES:
+        raise TypeError(f"spike_linear: dtype is {rest[-1]}; allowed are float32, bfloat16 and float16")
+
+
+def fake_codes(codes: Tensor, scale: Tensor, code_sum: Tensor, zero: Tensor, *rest) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], rest[6]), dtype=rest[-1])
+
+
+def cpu_codes(codes: Tensor, scale: Tensor, code_sum: Tensor, zero: Tensor, *rest) -> Tensor:
+    weight, mask, bias, form, out = _split(rest[:-1], codes.shape[-1])
+    y = fake_codes(codes, scale, code_sum, zero, *rest)
+    weight, bias = _contiguous(weight), None if bias is None else bias.contiguous()
+    encoded = [t.contiguous() for t in (codes, scale, code_sum, zero)]
+    tokens = codes.numel() // form.channels
+    description = layer_description(weight, mask, bias, form, out)
+    _C.spike_linear(description, *(pointer(t) for t in encoded), tokens, y.data_ptr(), DTYPES[y.dtype])
+    return y
+
+
+def reference_codes(codes: Tensor, scale: Tensor, code_sum: Tensor, zero: Tensor, *rest) -> Tensor:
+    return _reference_product(SpikeCodes(codes, scale, code_sum, zero), rest[:-1], rest[-1])
+
+
+op = declare(
+    f"spike_linear(Tensor codes, Tensor scale, Tensor code_sum, Tensor zero, {WEIGHT}, ScalarType dtype) -> Tensor",
+    check=check_codes,
+    fake=fake_codes,
+    cpu=cpu_codes,
+    reference=reference_codes,
+    places=("reference", "csrc", "ops", "nn", "tests", "benchmarks"),
+)
+
+
+def check_dynamic(x: Tensor, *rest) -> None:
+    packed, mask = rest[0], rest[4]
+    check_float("spike_linear", "x", x)
+    if x.ndim == 0:
+        raise ValueError("spike_linear: x has no dimensions; its last one must hold the channels")
+    if mask is not None:
+        check_channels("spike_linear", x, mask.shape[0])
+    elif packed.ndim == 3 and -(-x.shape[-1] // 4) != packed.shape[1]:
+        raise ValueError(f"spike_linear: x has {x.shape[-1]} channels; this weight was packed for {4 * packed.shape[1]}")
+    weight, mask, bias, form, out = _split(rest, x.shape[-1])
+    check_layer("spike_linear", weight, mask, bias, form, out)
+
+
+def fake_dynamic(x: Tensor, *rest) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rest[6]))
+
+
+def cpu_dynamic(x: Tensor, *rest) -> Tensor:
+    weight, mask, bias, form, out = _split(rest, x.shape[-1])
+    y, x = fake_dynamic(x, *rest), x.contiguous()
+    weight, bias = _contiguous(weight), None if bias is None else bias.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    description, dtype = layer_description(weight, mask, bias, form, out), DTYPES[x.dtype]
+    tokens = x.numel() // form.channels
+    _C.spike_linear_dynamic(description, x.data_ptr(), form.channels, dtype, tokens, y.data_ptr(), dtype)
+    return y
+
+
+def reference_dynamic(x: Tensor, *rest) -> Tensor:
+    _, mask, _, form, _ = _split(rest, x.shape[-1])
+    encoded = reference_encode(x, mask, form.salient_count, *_rule(form))
+    return _reference_product(encoded, rest, x.dtype)
+
+
+def _rule(form: SpikeFormat) -> tuple:
+    return form.act_bits, form.steps, form.span, form.grid, form.group_size
+
+
+def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    x, *rest = inputs
+    ctx.save_for_backward(*rest[:5])
+    ctx.options = rest[6:]
+    ctx.channels, ctx.has_bias = x.shape[-1], rest[5] is not None
+
+
+def backward(ctx, grad: Tensor) -> tuple:
+    packed, scale, zero, total, mask = ctx.saved_tensors
+    out, count, *rule = ctx.options
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        form = SpikeFormat(ctx.channels, count, *rule)
+        grad_x = grad @ unpack_weight(PackedWeight(packed, scale, zero, total), mask, form, out).to(grad.dtype)
+    if ctx.has_bias and ctx.needs_input_grad[6]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return (grad_x, *[None] * 5, grad_bias, *[None] * 7)
+
+
+dynamic_op = declare(
+    f"spike_linear_dynamic(Tensor x, {WEIGHT}) -> Tensor",
+    check=check_dynamic,
+    fake=fake_dynamic,
+    cpu=cpu_dynamic,
+    reference=reference_dynamic,
+    backward=backward,
+    setup_context=setup_context,
+    autocast=True,
+    places=(),
+)
+
+
+def _arguments(weight: PackedWeight, mask: Tensor | None, bias: Tensor | None, form: SpikeFormat, out: int) -> tuple:
+    return *weight, mask, bias, out, form.salient_count, *_rule(form)
+
+
+def spike_linear(
+    encoded: SpikeCodes,
+    weight: PackedWeight,
+    form: SpikeFormat,
+    out_features: int,
+    bias: Tensor | None = None,
+    salient_mask: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> Tensor:
+    """The product of codes [..., K] and a packed weight: [..., N] in ``dtype``, bias included.
+
+    encoded: what :func:`ranvier.ops.spike_encode` returned for the same format. weight: :func:`pack_weight`'s result.
+    Integer sums are exact; the epilogue rounds y = fma(s_x, s_w * sum, b) alike on every instruction-set level.
+    Raises ValueError for shapes that do not belong together, TypeError for dtypes, BackendError for a backend that cannot run.
+    """
+    return op(*encoded, *_arguments(weight, salient_mask, bias, form, out_features), dtype, backend=backend)
+
+
+def spike_linear_dynamic(
+    x: Tensor,
+    weight: PackedWeight,
+    form: SpikeFormat,
+    out_features: int,
+    bias: Tensor | None = None,
+    salient_mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Encode and multiply in one call: x [..., K] float32, bfloat16 or float16 -> [..., N] in x's dtype.
+
+    Differentiable in x (straight-through: dx = dy W^) and bias. Raises like :func:`spike_linear`.
+    """
+    check_channels("spike_linear", x, form.channels)
+    return dynamic_op(x, *_arguments(weight, salient_mask, bias, form, out_features), backend=backend)

@@ -1,0 +1,1 @@
+"""The formulas in plain torch: any float type, nothing fused, nothing packed. Every backend is held against these."""

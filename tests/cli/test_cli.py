@@ -1,0 +1,223 @@
+"""The command line: what each command prints and leaves, and one line for a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_lm import TEXT, logits, tiny_llama, tiny_tokenizer
+
+import ranvier
+from ranvier import _C, cli
+from ranvier.cli import COMMANDS, main
+from ranvier.methods.spikellm.evaluate import perplexity
+from ranvier.ops._declare import OPS
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with a transformers model "plain", its text "text.txt" and, made by the command, "spiking"."""
+    pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("models")
+    tiny_llama().save_pretrained(path / "plain")
+    tiny_tokenizer().save_pretrained(path / "plain")
+    (path / "text.txt").write_text(TEXT)
+    options = ["--steps", "4", "--salient", "0.25", "--group-size", "32", "--skip", "lm_head", "down_proj"]
+    calibration = ["--calibration", str(path / "text.txt"), "--calibration-tokens", "64"]
+    assert main(["spike", str(path / "plain"), str(path / "spiking"), *options, *calibration]) == 0
+    return path
+
+
+def mistake(capsys, *argv: object) -> str:
+    """The one line that a mistake gives."""
+    assert main([str(arg) for arg in argv]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in lines if line.startswith("ranvier:")] or lines
+    assert len(lines) == 1 and lines[0].startswith("ranvier: error: ") and "Traceback" not in lines[0]
+    return lines[0]
+
+
+# --- info -------------------------------------------------------------------------------------------------------------
+
+
+def test_info_prints_json_of_what_is_here(capsys):
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["ranvier"] == ranvier.__version__ and found["versions"]["torch"] == torch.__version__
+    assert found["cpu"]["isa"] == _C.isa() and found["cpu"]["detected_isa"] in found["cpu"]["isa_levels"]
+    assert found["threads"] == {"count": torch.get_num_threads(), "torch_pool": ranvier.connect_threads()}
+    assert found["ops"].keys() == OPS.keys()
+    for name, row in found["ops"].items():
+        assert row.keys() == {"cpu", "triton", "reference"} and row["reference"] is None
+        for backend, reason in row.items():
+            missing = backend not in OPS[name].implementations
+            assert not missing or reason == f"this op has no {backend} kernel"
+
+
+def test_info_prints_the_matrix_with_reasons(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for name in OPS:
+        row = next(line.split() for line in text.splitlines() if line.startswith(name + " "))
+        assert row[1] == "runs" and row[3] == "runs"
+    if not torch.cuda.is_available():
+        assert "spike_linear, triton: " in text
+    assert ranvier.__version__ in text and _C.isa() in text
+
+
+def test_info_is_quick_and_honours_the_isa_cap():
+    script = (
+        "import sys; from ranvier.cli import main; status = main(['info']);"
+        "heavy = [m for m in ('transformers', 'triton', 'numba', 'tqdm.notebook', 'matplotlib') if m in sys.modules];"
+        "print('heavy', heavy); sys.exit(status)"
+    )
+    here = {**os.environ, "RANVIER_ISA": "scalar"}
+    done = subprocess.run([sys.executable, "-c", script], env=here, capture_output=True, text=True, check=True)
+    assert "heavy []" in done.stdout
+    assert "isa       scalar" in done.stdout and "RANVIER_ISA=scalar" in done.stdout
+
+
+# --- spike, eval, generate --------------------------------------------------------------------------------------------
+
+
+def test_spike_writes_what_its_options_say(models):
+    loaded = ranvier.load(models / "spiking")
+    layers = [m for m in loaded.modules() if isinstance(m, ranvier.nn.SpikingLinear)]
+    config = ranvier.SpikeConfig(steps=4, salient=0.25, group_size=32, skip=("lm_head", "down_proj"))
+    assert len(layers) == 2 * 6 and all(layer.config == config for layer in layers)
+    assert all(layer.salient_count == 16 for layer in layers)
+    assert type(loaded.model.layers[0].mlp.down_proj) is torch.nn.Linear
+    assert not torch.equal(logits(loaded), logits(tiny_llama()))
+
+
+def test_spike_reports_and_calibrates_on_its_own_text(models, capsys):
+    assert main(["spike", str(models / "plain"), str(models / "again"), "--calibration-tokens", "40"]) == 0
+    text = capsys.readouterr().out
+    assert "model.layers.1.mlp.gate_proj" in text and f"wrote {models / 'again'}" in text
+
+
+@pytest.mark.parametrize("name", ["plain", "spiking"])
+def test_eval_prints_the_perplexity(models, capsys, name):
+    arguments = ["eval", str(models / name), "--text", str(models / "text.txt"), "--window", "40", "--max-windows", "5"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model = tiny_llama() if name == "plain" else ranvier.load(models / "spiking")
+    wanted = perplexity(model, tiny_tokenizer(), TEXT, 40, 5, progress=False)
+    assert found["perplexity"] == wanted.value and (found["windows"], found["tokens"]) == (5, 5 * 39)
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith(f"perplexity {wanted.value:.3f} (5 windows of 40 tokens, 195 predicted")
+
+
+def test_generate_prints_prompt_and_continuation(models, capsys):
+    assert main(["generate", str(models / "spiking"), "--prompt", "the node of", "--max-new-tokens", "3"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("the node of") and len(text.split()) <= 6
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_options_are_one_line(capsys):
+    assert "invalid choice: 'fly'" in mistake(capsys, "fly")
+    assert "COMMAND" in mistake(capsys)
+    assert "--text" in mistake(capsys, "eval", "model")
+    none = ["--max-new-tokens", 0]
+    assert "'0' is not a whole number of 1 or more" in mistake(capsys, "generate", "model", "--prompt", "x", *none)
+    assert "--group-size" in mistake(capsys, "spike", "model", "out", "--group-size", 7)
+    assert "SpikeConfig.act_bits is 9" in mistake(capsys, "spike", "model", "out", "--act-bits", 9)
+    assert "SpikeConfig.salient is 1.5" in mistake(capsys, "spike", "model", "out", "--salient", 1.5)
+
+
+def test_missing_files_are_one_line(models, capsys, tmp_path):
+    assert "there is no file or folder" in mistake(capsys, "generate", tmp_path / "none", "--prompt", "x")
+    text = tmp_path / "none.txt"
+    assert f"{text}: No such file" in mistake(capsys, "eval", models / "plain", "--text", text)
+    assert f"{text}: No such file" in mistake(capsys, "spike", models / "plain", tmp_path / "o", "--calibration", text)
+    assert not (tmp_path / "o").exists()
+
+
+def test_unreadable_input_is_one_line(models, capsys, tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8 text" in mistake(capsys, "eval", models / "plain", "--text", tmp_path / "binary")
+    (tmp_path / "short").write_text("the node")
+    assert "2 tokens" in mistake(capsys, "eval", models / "plain", "--text", tmp_path / "short")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert "model.gguf" in mistake(capsys, "generate", tmp_path / "model.gguf", "--prompt", "x")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "ranvier.json").write_text("{")
+    assert "ranvier.json is damaged" in mistake(capsys, "generate", broken, "--prompt", "x")
+    assert "prompt is empty" in mistake(capsys, "generate", models / "plain", "--prompt", "")
+    skip = ["--skip", "lm_head", "down_proj"]
+    assert "nothing to convert" in mistake(capsys, "spike", models / "spiking", tmp_path / "o", *skip)
+
+
+@pytest.mark.parametrize("place", ["/proc/ranvier-test", "file/model", "file", "full"])
+def test_output_that_cannot_be_written_is_one_line_and_found_at_once(monkeypatch, capsys, tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    monkeypatch.setattr("ranvier.cli.spike.load_model", lambda _: pytest.fail("the model was loaded first"))
+    assert place in mistake(capsys, "spike", "model", tmp_path / place)
+
+
+def test_traceback_is_there_for_those_who_ask(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        main(["--traceback", "generate", str(tmp_path / "none"), "--prompt", "x"])
+
+
+def test_defects_are_not_dressed_up_as_mistakes(monkeypatch):
+    def broken(_):
+        raise AssertionError
+
+    monkeypatch.setattr(COMMANDS["info"], "run", broken)
+    with pytest.raises(AssertionError):
+        main(["info"])
+
+
+def test_interrupt_gives_130(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(COMMANDS["info"], "run", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err.strip() == "ranvier: interrupted"
+
+
+def test_control_c_ends_the_process_with_130(tmp_path):
+    text = tmp_path / "text"
+    os.mkfifo(text)
+    code = "import sys; from ranvier.cli import main; sys.exit(main(sys.argv[1:]))"
+    start = [sys.executable, "-c", code, "eval", "model", "--text", str(text)]
+    with subprocess.Popen(start, stderr=subprocess.PIPE, text=True) as process:
+        writer = _open_when_read(text, process)  # from here on the command waits for text that does not come
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        os.close(writer)
+    assert process.returncode == 130 and err.strip() == "ranvier: interrupted"
+
+
+def _open_when_read(pipe: Path, process: subprocess.Popen) -> int:
+    while process.poll() is None:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody has opened the other end yet
+            time.sleep(0.05)
+    pytest.fail(f"the command ended: {process.stderr.read()}")
+
+
+def test_every_command_has_help(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("info", "demo", "spike", "eval", "generate"))
+    for name in COMMANDS:
+        assert main([name, "--help"]) == 0
+        assert "usage: ranvier " + name in capsys.readouterr().out
+    assert main(["--version"]) == 0 and cli.USER_ERROR == 2

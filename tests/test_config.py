@@ -1,0 +1,107 @@
+"""SpikeConfig: what it refuses, naming the field, and that it survives a round trip through json."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+
+from ranvier import SpikeConfig
+from ranvier.nn import SpikingLinear
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("weight_bits", v) for v in (3, 8, 4.5, "4", None, 4.0)],
+        *[("act_bits", v) for v in (0, 9, -1, 4.0, "4", True, None)],
+        *[("steps", v) for v in (0, -2, 128, 2.0, True, None)],
+        *[("salient", v) for v in (-0.1, 1.1, float("nan"), "0.1", True, None)],
+        *[("span", v) for v in ("both", "", None, 1, "Shared")],
+        *[("grid", v) for v in ("exact", None, 0)],
+        *[("group_size", v) for v in (0, 16, 48, 64.5, "64", -32, True, 64.0)],
+        *[("skip", v) for v in ("lm_head", (1,), None, ("lm_head", None))],
+    ],
+)
+def test_every_field_is_checked_by_name(field: str, value: object) -> None:
+    """A wrong value is a ValueError that begins with the field and shows the value."""
+    with pytest.raises(ValueError, match=rf"^SpikeConfig\.{field} is ") as caught:
+        SpikeConfig(**{field: value})
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("steps", {"steps": 9}),
+        ("steps", {"act_bits": 7, "steps": 2}),
+        ("steps", {"act_bits": 8, "steps": 2}),
+        ("steps", {"steps": 3, "grid": "compat"}),
+        ("steps", {"act_bits": 5, "steps": 8, "grid": "compat"}),
+        ("act_bits", {"act_bits": 8, "steps": 1, "grid": "compat"}),
+    ],
+)
+def test_codes_have_to_fit(field: str, values: dict) -> None:
+    """Combinations whose codes leave int8 are refused, with the limit in the message."""
+    with pytest.raises(ValueError, match=rf"^SpikeConfig\.{field} is "):
+        SpikeConfig(**values)
+
+
+def test_defaults_are_the_papers_w4a4() -> None:
+    """W4A4, two steps on a tenth of the channels, one shared range, exact ratio of scales."""
+    assert dataclasses.asdict(SpikeConfig()) == {
+        "weight_bits": 4,
+        "act_bits": 4,
+        "steps": 2,
+        "salient": 0.10,
+        "span": "shared",
+        "grid": "consistent",
+        "group_size": None,
+        "skip": ("lm_head",),
+    }
+
+
+def test_round_trip_through_json() -> None:
+    """from_dict(json(to_dict)) is the same config, for every kind of value."""
+    for span, group in itertools.product(("shared", "separate"), (None, 32, 128)):
+        config = SpikeConfig(act_bits=3, steps=4, salient=1, span=span, group_size=group, skip=["a", "b"])
+        again = SpikeConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+        assert again == config and hash(again) == hash(config) and isinstance(again.skip, tuple)
+    assert SpikeConfig.from_dict({}) == SpikeConfig()
+
+
+def test_from_dict_refuses_what_it_does_not_know() -> None:
+    """An unknown name, a wrong kind of skip and a wrong value are named."""
+    with pytest.raises(ValueError, match="does not know bits, tau"):
+        SpikeConfig.from_dict({"tau": 1, "bits": 4})
+    with pytest.raises(ValueError, match=r"SpikeConfig\.skip is 'lm_head'"):
+        SpikeConfig.from_dict({"skip": "lm_head"})
+    with pytest.raises(ValueError, match=r"SpikeConfig\.span"):
+        SpikeConfig.from_dict({"span": "wide"})
+
+
+def test_a_config_does_not_change() -> None:
+    """Frozen: layers may share one."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SpikeConfig().steps = 4
+
+
+def test_every_valid_config_makes_a_layer() -> None:
+    """What the config accepts, the kernels accept: with no, some and all channels salient."""
+    linear, x = torch.nn.Linear(32, 5), torch.randn(3, 32)
+    made = 0
+    all_steps, spans, grids = (1, 2, 3, 4, 8, 16, 127), ("shared", "separate"), ("consistent", "compat")
+    for bits, steps, span, grid in itertools.product(range(1, 9), all_steps, spans, grids):
+        for share in (0.0, 0.25, 1.0):
+            try:
+                config = SpikeConfig(act_bits=bits, steps=steps, span=span, grid=grid, salient=share)
+            except ValueError:
+                continue
+            layer = SpikingLinear.from_linear(linear, config, torch.arange(32) < 32 * share)
+            with torch.no_grad():
+                assert layer(x).isfinite().all()
+            made += 1
+    assert made > 150
