@@ -9,6 +9,7 @@ from typing import Any
 SPANS = ("shared", "separate")
 GRIDS = ("consistent", "compat")
 GROUP_SIZES = (None, 32, 64, 128)
+WEIGHT_BITS = (4,)
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:
@@ -18,9 +19,9 @@ def _whole(name: str, value: Any, low: int, high: int) -> int:
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:
-    if isinstance(value, bool) or value not in allowed:
-        choices = ", ".join(repr(choice) for choice in allowed)
-        raise ValueError(f"SpikeConfig.{name} is {value!r}; allowed are {choices}")
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        choices = ", ".join(map(repr, allowed))
+        raise ValueError(f"SpikeConfig.{name} is {value!r}; allowed {'are' if len(allowed) > 1 else 'is'} {choices}")
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ class SpikeConfig:
     skip: tuple[str, ...] = ("lm_head",)
 
     def __post_init__(self) -> None:
-        if self.weight_bits != 4 or isinstance(self.weight_bits, bool):
-            raise ValueError(f"SpikeConfig.weight_bits is {self.weight_bits!r}; only 4 is implemented")
+        _one_of("weight_bits", self.weight_bits, WEIGHT_BITS)
         _whole("act_bits", self.act_bits, 1, 8)
         _whole("steps", self.steps, 1, 127)
         salient = self.salient
@@ -62,7 +62,7 @@ class SpikeConfig:
         _one_of("span", self.span, SPANS)
         _one_of("grid", self.grid, GRIDS)
         _one_of("group_size", self.group_size, GROUP_SIZES)
-        if isinstance(self.skip, str) or not all(isinstance(name, str) for name in self.skip):
+        if not isinstance(self.skip, (tuple, list)) or not all(isinstance(name, str) for name in self.skip):
             raise ValueError(f"SpikeConfig.skip is {self.skip!r}; pass a tuple of names, such as ('lm_head',)")
         object.__setattr__(self, "salient", float(salient))
         object.__setattr__(self, "skip", tuple(self.skip))
