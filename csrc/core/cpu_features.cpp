@@ -1,6 +1,6 @@
 #include "core/cpu_features.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(RANVIER_X86)
 #include <cpuid.h>
 #include <cstring>
 #endif
@@ -8,7 +8,7 @@
 namespace ranvier {
 namespace {
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(RANVIER_X86)
 
 // XCR0 bits: 1 SSE, 2 AVX; 5 opmask, 6 upper halves of zmm0-15, 7 zmm16-31.
 constexpr std::uint64_t kAvxState = 0x6, kAvx512State = 0xe6;

@@ -1,14 +1,20 @@
 #include "core/parallel.h"
 
+#include <pthread.h>
+
 namespace ranvier {
 namespace {
 
 std::atomic<ParallelFor> g_parallel_for{nullptr};
 std::atomic<NumThreads> g_num_threads{nullptr};
 
+// A forked child has the pool's book-keeping and none of its threads: it would wait for them for ever.
+void forget_pool() { g_parallel_for.store(nullptr); }
+
 }  // namespace
 
 void set_parallel(ParallelFor parallel_for, NumThreads num_threads) {
+  [[maybe_unused]] static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
   g_num_threads.store(num_threads);
   g_parallel_for.store(parallel_for);
 }

@@ -1,5 +1,6 @@
 // Threads are torch's own: the addresses of torch_parallel_for and torch_get_num_threads are handed in once, so that
-// torch.set_num_threads is obeyed and one OpenMP runtime lives in the process. Without them everything runs serially.
+// torch.set_num_threads is obeyed and one OpenMP runtime lives in the process. Without them, and in a forked child,
+// everything runs serially.
 #pragma once
 
 #include <atomic>

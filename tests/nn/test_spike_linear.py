@@ -290,6 +290,12 @@ def test_autocast_casts_as_linear_does() -> None:
         assert same(y.detach(), layer(tokens().bfloat16()))
 
 
+def test_is_called_as_nn_linear_is() -> None:
+    """The argument has nn.Linear's name, so that layer(input=x) goes on working after a conversion."""
+    with torch.no_grad():
+        assert same(spiking()(input=tokens()), spiking()(tokens()))
+
+
 def test_repr_names_the_format() -> None:
     """What a layer is can be read off its print."""
     assert repr(spiking(CONFIGS[1])) == (

@@ -300,3 +300,37 @@ def test_errors_come_through_the_dispatcher_too() -> None:
     for x in (tokens(), tokens(grad=True)):
         with pytest.raises(ValueError, match=f"{K} channels"):
             spike_linear_dynamic(x, weight, form, N, None, mask)
+
+
+def test_tensors_on_another_device_are_refused() -> None:
+    """A weight, mask or bias elsewhere is named, on every way in: its address means nothing to the input's kernels."""
+    arguments = layer_arguments(MAIN_RULES[4], bias_of())
+    names = ("weight_packed", "weight_scale", "weight_zero", "weight_sum", "salient_mask", "bias")
+    for at, name in enumerate(names):
+        moved = [a.to("meta") if i == at else a for i, a in enumerate(arguments)]
+        for x in (tokens(), tokens(grad=True)):
+            with pytest.raises(ValueError, match=f"{name} is on meta and the input on cpu"):
+                OPS["spike_linear_dynamic"](x, *moved)
+    with pytest.raises(ValueError, match="salient_mask is on meta"):
+        spike_encode(tokens(), arguments[4].to("meta"), salient_count=3)
+    codes, columns = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(4, 3, dtype=torch.int16)
+    with pytest.raises(ValueError, match="columns is on meta"):
+        OPS["spike_events"](codes, columns.to("meta"), torch.zeros(4, dtype=torch.int64), 1, "gif", 15)
+    layer = ranvier.nn.SpikingLinear.from_linear(torch.nn.Linear(K, N)).to("meta")
+    with torch.no_grad(), pytest.raises(ValueError, match="is on meta and the input on cpu"):
+        layer(tokens())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_no_dense_tensor_is_refused(grad: bool) -> None:
+    """Lists, arrays and sparse tensors are a TypeError that says what to pass, in the ops and in the module."""
+    layer = ranvier.nn.SpikingLinear.from_linear(torch.nn.Linear(K, N))
+    with torch.set_grad_enabled(grad):
+        for x, says in (
+            ([1.0] * K, "is a list; pass a torch.Tensor"),
+            (tokens().numpy(), "is a ndarray; pass a torch.Tensor"),
+            (tokens().to_sparse(), "torch.sparse_coo; pass a dense tensor"),
+        ):
+            for call in (layer, spike_encode, lambda x: layer(x.requires_grad_() if isinstance(x, Tensor) else x)):
+                with pytest.raises(TypeError, match=says):
+                    call(x)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ranvier.cli._options import positive
 
 PROMPT = "The capital of France is"
 
@@ -27,7 +31,7 @@ class Setting:
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = subparsers.add_parser("demo", help="convert SmolLM2-135M and show perplexity, bytes, speed and spikes")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the model, table and plots")
-    parser.add_argument("--windows", type=int, default=6, help="evaluation windows of 512 tokens (default 6)")
+    parser.add_argument("--windows", type=positive, default=6, help="evaluation windows of 512 tokens (default 6)")
     parser.add_argument("--prompt", default=PROMPT, help="text to continue")
     return parser
 
@@ -128,14 +132,17 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     import ranvier
-    from ranvier.integrations.transformers import generate, load_causal_lm, smollm2_path
     from ranvier.integrations.folder import check_folder
+    from ranvier.integrations.transformers import encode_prompt, generate, load_causal_lm, smollm2_path
     from ranvier.methods.spikellm.data import calibration_batches, topics_text, wikitext2_path
+    from ranvier.methods.spikellm.plots import check_matplotlib
 
     started, out = time.perf_counter(), args.out
     out.mkdir(parents=True, exist_ok=True)
     check_folder(out / "model")
+    check_matplotlib()
     model, tokenizer = load_causal_lm(smollm2_path())
+    encode_prompt(tokenizer, args.prompt)  # a mistake to be found now, not after the first settings
     found = wikitext2_path()
     text = found.read_text(encoding="utf-8") if found else topics_text(1)
     text_name = "WikiText-2" if found else "the second half of pydoc_data.topics"
@@ -150,14 +157,20 @@ def run(args: argparse.Namespace) -> int:
             ranvier.save(variant, out / "model", tokenizer=tokenizer)
         if setting.name == "spiking T=2, 10 %":
             rasters = variant
-    _write_pictures(out, rows, rasters, calibration[0], text_name)
-    seconds = time.perf_counter() - started
-    about = {
-        "model": "SmolLM2-135M-Instruct", "text": text_name, "windows": args.windows, "window": 512,
-        "threads": torch.get_num_threads(), "isa": ranvier._C.isa(), "torch": torch.__version__, "seconds": round(seconds, 1),
-    }  # fmt: skip
-    table = {"about": about, "rows": rows, "continued": {"prompt": args.prompt, **continued}}
-    (out / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    # Beside their place first, so that an interrupt leaves no half of a file.
+    with tempfile.TemporaryDirectory(prefix=".ranvier-demo-", dir=out) as folder:
+        stage = Path(folder)
+        _write_pictures(stage, rows, rasters, calibration[0], text_name)
+        seconds = time.perf_counter() - started
+        about = {
+            "model": "SmolLM2-135M-Instruct", "text": text_name, "windows": args.windows, "window": 512,
+            "threads": torch.get_num_threads(), "isa": ranvier._C.isa(), "torch": torch.__version__,
+            "seconds": round(seconds, 1),
+        }  # fmt: skip
+        table = {"about": about, "rows": rows, "continued": {"prompt": args.prompt, **continued}}
+        (stage / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        for file in stage.iterdir():
+            os.replace(file, out / file.name)
     threads = f"{about['threads']} threads, {about['isa']}"
     print(f"\n{about['model']}, {args.windows} windows of 512 tokens of {text_name}; {threads}\n")
     print(_table(rows))

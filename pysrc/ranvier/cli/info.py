@@ -14,7 +14,9 @@ PACKAGES = ("ranvier", "torch", "triton", "numba", "numpy", "safetensors", "tran
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = subparsers.add_parser("info", help="versions, instruction sets, threads, and which backend runs which op")
-    parser.add_argument("--json", action="store_true", help="print json")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print json")
+    form.add_argument("--markdown", action="store_true", help="print what the library declares as a markdown table")
     return parser
 
 
@@ -49,6 +51,11 @@ def facts() -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.markdown:
+        from ranvier.ops._matrix import markdown_matrix
+
+        print("\n".join(markdown_matrix()))
+        return 0
     found = facts()
     print(json.dumps(found, indent=1) if args.json else _text(found))
     return 0

@@ -147,13 +147,19 @@ def _load_spiking(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
+def encode_prompt(tokenizer: Any, prompt: str) -> Any:
+    """The tokenizer's input_ids and attention_mask. Raises ValueError for a prompt without tokens."""
+    encoded = tokenizer(prompt, return_tensors="pt")
+    if encoded["input_ids"].numel() == 0:
+        raise ValueError("generate: the prompt is empty; pass some text")
+    return encoded
+
+
 def generate(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int = 32) -> str:
     """The prompt and its greedy continuation. Raises ValueError for an empty prompt or no token to add."""
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens is {max_new_tokens}; it must be at least 1")
-    encoded = tokenizer(prompt, return_tensors="pt")
-    if encoded["input_ids"].numel() == 0:
-        raise ValueError("generate: the prompt is empty; pass some text")
+    encoded = encode_prompt(tokenizer, prompt)
     given = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ranvier import _C
 from ranvier.config import SpikeConfig
-from ranvier.ops._args import DTYPES, check_channels
+from ranvier.ops._args import DTYPES, check_channels, check_is_tensor
 from ranvier.ops._declare import needs_dispatcher
 from ranvier.ops.spike_encode import SpikeFormat
 from ranvier.ops.spike_linear import (
@@ -24,6 +24,7 @@ from ranvier.ops.spike_linear import (
 from ranvier.reference.spike_encode import spike_decode
 
 FORMAT_BYTES = 64  # the part of a layer's description that its encoding depends on (csrc SpikeFormat)
+CPU = torch.device("cpu")
 WEIGHT_BUFFERS = ("weight_packed", "weight_scale", "weight_zero", "weight_sum")
 
 
@@ -163,13 +164,14 @@ class SpikingLinear(nn.Module):
 
     @property
     def packed_weight(self) -> PackedWeight:
+        """The weight's buffers, as the functional calls take them."""
         return PackedWeight(self.weight_packed, self.weight_scale, self.weight_zero, self.weight_sum)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]. Raises ValueError for another K, TypeError for other dtypes."""
-        if needs_dispatcher(x, self._parameters["bias"]) or not x.is_cpu:
-            return self._as_op(x)
-        return self._eager(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., K] -> [..., N]. Raises ValueError for another K, TypeError for other dtypes."""
+        if needs_dispatcher(input, self._parameters["bias"]) or not input.is_cpu:
+            return self._as_op(input)
+        return self._eager(input)
 
     def _as_op(self, x: Tensor) -> Tensor:
         mask = self.salient_mask if self.salient_count else None
@@ -180,6 +182,7 @@ class SpikingLinear(nn.Module):
         if dtype is None or not shape or shape[-1] != channels:
             self._refuse(x)
         if not x.is_contiguous():
+            check_is_tensor("SpikingLinear", "x", x)
             x = x.contiguous()
         description = self._description()
         # Sizes one by one: unpacking a tuple costs a third of a microsecond, which a small layer feels.
@@ -213,7 +216,7 @@ class SpikingLinear(nn.Module):
 
     def _make_plan(self) -> _Plan:
         form, weight, bias = self.format, self.packed_weight, self.bias
-        check_layer("SpikingLinear", weight, self.salient_mask, bias, form, self.out_features)
+        check_layer("SpikingLinear", CPU, weight, self.salient_mask, bias, form, self.out_features)
         held = [t for t in (*weight, self.salient_mask, bias) if t is not None]
         if not all(t.is_contiguous() for t in held):
             raise ValueError("SpikingLinear: its buffers and bias must be contiguous; assign contiguous tensors")

@@ -14,7 +14,15 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def check_is_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}; pass a torch.Tensor")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} has layout {value.layout}; pass a dense tensor")
+
+
 def check_float(op: str, name: str, tensor: Tensor) -> None:
+    check_is_tensor(op, name, tensor)
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} is {tensor.dtype}; pass float32, bfloat16 or float16")
 
@@ -26,7 +34,14 @@ def check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: 
         raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; it must be {list(shape)}")
 
 
+def check_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} and the input on {device}; move one of them")
+
+
 def check_channels(op: str, x: Tensor, channels: int) -> None:
+    check_is_tensor(op, "x", x)
     if x.ndim == 0:
         raise ValueError(f"{op}: x has no dimensions; its last one must hold {channels} channels")
     if x.shape[-1] != channels:

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ranvier.backend import BackendError, choose, default_backend
+from ranvier.ops._args import check_is_tensor
 
 LIBRARY = torch.library.Library("ranvier", "DEF")
 OPS: dict[str, Op] = {}
@@ -60,13 +61,15 @@ class Op:
     places: tuple[str, ...]
     implementations: dict[str, Callable]
     check: Callable[..., None]
+    dtypes: tuple[torch.dtype, ...]
     differentiable: bool = False
     overload: Any = field(default=None, repr=False)
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
+        check_is_tensor(self.name, "the input", args[0])
         tensors, device = [a for a in args if isinstance(a, Tensor)], args[0].device
         own = backend is None or backend == default_backend(device)
-        if own and needs_dispatcher(*tensors):
+        if own and (device.type == "meta" or needs_dispatcher(*tensors)):
             return self.overload(*args)
         self.check(*args)
         run = choose(self.name, self.implementations, device, backend)
@@ -100,17 +103,19 @@ def declare(
     setup_context: Callable | None = None,
     autocast: bool = False,
     places: tuple[str, ...],
+    dtypes: tuple[torch.dtype, ...],
 ) -> Op:
     """Define an op and return what calls it.
 
     check(*args) raises ValueError or TypeError and is shared by every way in; fake returns empty tensors of the result's
     shapes; reference, cpu and triton compute; backward and setup_context are torch.library's. With autocast the first
     argument is cast as torch's own linear casts it. places lists where the op's stem is found (reference, csrc, kernels,
-    nn, benchmarks, tests); a test walks them.
+    ops, nn, tests, benchmarks; none for an op that shares another's stem); a test walks them. dtypes are those that check
+    allows the first tensor.
     """
     name = schema.split("(", 1)[0]
     given = {"cpu": cpu, "triton": triton, "reference": reference}
-    op = Op(name, places, {k: v for k, v in given.items() if v is not None}, check, backward is not None)
+    op = Op(name, places, {k: v for k, v in given.items() if v is not None}, check, dtypes, backward is not None)
     LIBRARY.define(schema)
     op.overload = getattr(torch.ops.ranvier, name).default
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ranvier import _C
 from ranvier.config import GRIDS, SPANS
-from ranvier.ops._args import DTYPES, MAX_CHANNELS, check_float, pointer
+from ranvier.ops._args import DTYPES, MAX_CHANNELS, check_device, check_float, pointer
 from ranvier.ops._declare import declare
 from ranvier.reference import spike_encode as reference
 from ranvier.reference.spike_encode import SpikeCodes
@@ -93,6 +93,7 @@ def check(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> 
     if x.ndim == 0:
         raise ValueError("spike_encode: x has no dimensions; its last one must hold the channels")
     SpikeFormat(x.shape[-1], salient_count, *rest).check("spike_encode")
+    check_device("spike_encode", x.device, salient_mask=salient_mask)
     if salient_mask is None:
         if salient_count:
             raise ValueError(f"spike_encode: salient_count is {salient_count} but there is no salient_mask")
@@ -139,6 +140,7 @@ op = declare(
     cpu=cpu,
     reference=reference_encode,
     places=("reference", "csrc", "ops", "tests", "benchmarks"),
+    dtypes=tuple(DTYPES),
 )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ranvier.ops._args import check_channels, check_float, check_tensor
+from ranvier.ops._args import check_channels, check_device, check_float, check_tensor
 from ranvier.ops._declare import declare
 from ranvier.ops.spike_encode import SpikeFormat
 from ranvier.ops.spike_linear import PackedWeight, _by_output, unpack_codes
@@ -107,6 +107,7 @@ def check(codes: Tensor, columns: Tensor, groups: Tensor, group_count: int, enco
         got = f"codes {list(codes.shape)}, columns {list(columns.shape)}"
         raise ValueError(f"spike_events: {got}; pass codes [M, K] and columns [K, N]")
     channels = codes.shape[1]
+    check_device("spike_events", codes.device, columns=columns, groups=groups)
     check_tensor("spike_events", "codes", codes, torch.int32, tuple(codes.shape))
     check_tensor("spike_events", "columns", columns, torch.int16, (channels, columns.shape[1]))
     check_tensor("spike_events", "groups", groups, torch.int64, (channels,))
@@ -137,6 +138,7 @@ op = declare(
     cpu=cpu,
     reference=reference.spike_events,
     places=("reference", "ops", "tests", "benchmarks"),
+    dtypes=(torch.int32,),
 )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ranvier import _C
-from ranvier.ops._args import DTYPES, check_channels, check_float, check_tensor, pointer
+from ranvier.ops._args import DTYPES, check_channels, check_device, check_float, check_tensor, pointer
 from ranvier.ops._declare import declare
 from ranvier.ops.spike_encode import SpikeFormat, reference_encode
 from ranvier.reference import spike_linear as reference
@@ -109,9 +109,13 @@ def layer_description(weight: PackedWeight, mask: Tensor | None, bias: Tensor | 
     return struct.pack("16q", *form.fields(), out, mask_address, *tables, pointer(bias), bias_dtype)
 
 
-def check_layer(op: str, weight: PackedWeight, mask: Tensor | None, bias: Tensor | None, form: SpikeFormat, out: int) -> None:
-    """Raises ValueError or TypeError when the tensors do not belong to this format."""
+def check_layer(
+    op: str, device: torch.device, weight: PackedWeight, mask: Tensor | None, bias: Tensor | None, form: SpikeFormat, out: int
+) -> None:
+    """Raises ValueError or TypeError when the tensors do not belong to this format or are not on the input's device."""
     form.check(op)
+    tables = {f"weight_{name}": table for name, table in weight._asdict().items()}
+    check_device(op, device, **tables, salient_mask=mask, bias=bias)
     rows, groups, blocks = -(-out // OUTPUT_BLOCK), sum(form.groups), sum(form.blocks)
     check_tensor(op, "weight_packed", weight.packed, torch.uint8, (rows, blocks, 64))
     check_tensor(op, "weight_scale", weight.scale, torch.float32, (rows, groups, OUTPUT_BLOCK))
@@ -148,7 +152,8 @@ def _reference_product(encoded: SpikeCodes, args: tuple, dtype: torch.dtype) -> 
 
 def check_codes(codes: Tensor, scale: Tensor, code_sum: Tensor, zero: Tensor, *rest) -> None:
     weight, mask, bias, form, out = _split(rest[:-1], codes.shape[-1] if codes.ndim else 0)
-    check_layer("spike_linear", weight, mask, bias, form, out)
+    check_layer("spike_linear", codes.device, weight, mask, bias, form, out)
+    check_device("spike_linear", codes.device, scale=scale, code_sum=code_sum, zero=zero)
     lead = tuple(codes.shape[:-1])
     check_tensor("spike_linear", "codes", codes, torch.int8, (*lead, form.channels))
     check_tensor("spike_linear", "scale", scale, torch.float32, (*lead, len(form.lengths)))
@@ -184,6 +189,7 @@ op = declare(
     cpu=cpu_codes,
     reference=reference_codes,
     places=("reference", "csrc", "ops", "nn", "tests", "benchmarks"),
+    dtypes=(torch.int8,),
 )
 
 
@@ -197,7 +203,7 @@ def check_dynamic(x: Tensor, *rest) -> None:
     elif packed.ndim == 3 and -(-x.shape[-1] // 4) != packed.shape[1]:
         raise ValueError(f"spike_linear: x has {x.shape[-1]} channels; this weight was packed for {4 * packed.shape[1]}")
     weight, mask, bias, form, out = _split(rest, x.shape[-1])
-    check_layer("spike_linear", weight, mask, bias, form, out)
+    check_layer("spike_linear", x.device, weight, mask, bias, form, out)
 
 
 def fake_dynamic(x: Tensor, *rest) -> Tensor:
@@ -254,6 +260,7 @@ dynamic_op = declare(
     setup_context=setup_context,
     autocast=True,
     places=(),
+    dtypes=tuple(DTYPES),
 )
 
 

@@ -40,10 +40,12 @@ class SpikeReport:
 
     @property
     def bytes_before(self) -> int:
+        """Bytes of all weights before the conversion."""
         return sum(layer.bytes_before for layer in self.layers)
 
     @property
     def bytes_after(self) -> int:
+        """Bytes of all packed weights, with their tables and masks."""
         return sum(layer.bytes_after for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -227,8 +229,11 @@ def spike_(model: nn.Module, config: SpikeConfig | None = None, calibration: Ite
 def unspike_(model: nn.Module) -> nn.Module:
     """Replace every spiking layer by an ``nn.Linear`` with its dequantized weight, in place; returns the model.
 
-    What 4 bits lost stays lost. If anything fails the model is as it was. Raises ValueError where nothing is spiking.
+    What 4 bits lost stays lost. If anything fails the model is as it was. Raises ValueError where nothing is spiking, and
+    for a model that is itself one spiking layer.
     """
+    if isinstance(model, SpikingLinear):
+        raise ValueError("unspike_: the model is itself one SpikingLinear and cannot be replaced in place; use to_linear")
     layers = [module for module in model.modules() if isinstance(module, SpikingLinear)]
     if not layers:
         raise ValueError(f"unspike_: {type(model).__name__} has no spiking layer; there is nothing to undo")

@@ -54,7 +54,11 @@ def spiking_layers(model: nn.Module) -> dict[str, SpikingLinear]:
 @contextmanager
 def watching(layers: list[SpikingLinear], see: Callable[[SpikingLinear, Tensor], Any]) -> Iterator[None]:
     """Calls ``see(layer, x)`` before each forward of a layer."""
-    handles = [layer.register_forward_pre_hook(lambda module, args: see(module, args[0])) for layer in layers]
+
+    def hook(module: SpikingLinear, args: tuple, kwargs: dict) -> None:
+        see(module, args[0] if args else kwargs["input"])
+
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
     try:
         yield
     finally:
@@ -66,8 +70,10 @@ def spikes_per_token(model: nn.Module, ids: Tensor) -> dict[str, float | None]:
     """Spikes, accumulates, multiply-accumulates and ACE a token of all spiking layers, reading ids [1, L] once.
 
     A spike is one unit of a code: of the unsigned u, as the paper counts them, or of the centred, signed c. Layers that
-    share an encoding share its spikes and add up their own accumulates. Zero fractions are means over codes. All None
-    where no layer is spiking.
+    share an encoding share its spikes and add up their own accumulates. A layer that sees some of the tokens only, such
+    as an expert, counts for those. Zero fractions are means over codes. All None where no layer is spiking.
+
+    Raises ValueError where no spiking layer is reached.
     """
     layers = list(spiking_layers(model).values())
     if not layers:
@@ -77,17 +83,19 @@ def spikes_per_token(model: nn.Module, ids: Tensor) -> dict[str, float | None]:
 
     def see(layer: SpikingLinear, x: Tensor) -> None:
         nonlocal codes
-        count = spike_events(layer, x, "unary", execute=False).per_token()
+        count, share = spike_events(layer, x, "unary", execute=False).per_token(), x.shape[:-1].numel() / ids.numel()
         for name in ("accumulates_u", "accumulates_c", "macs", "ace"):
-            totals[name] += count[name]
+            totals[name] += share * count[name]
         if encoded[id(layer.group or layer)] is layer:
-            codes += count["codes"]
+            codes += share * count["codes"]
             for code in silent:
-                totals[f"spikes_{code}"] += count[f"spikes_{code}"]
-                silent[code] += count[f"silent_{code}"]
+                totals[f"spikes_{code}"] += share * count[f"spikes_{code}"]
+                silent[code] += share * count[f"silent_{code}"]
 
     with evaluating(model), watching(layers, see):
         model(ids)
+    if codes == 0:
+        raise ValueError("spikes_per_token: these tokens reach no spiking layer; pass tokens that do")
     return totals | {f"zero_fraction_{code}": silent[code] / codes for code in silent}
 
 
@@ -100,11 +108,3 @@ def layer_raster(model: nn.Module, layer: SpikingLinear, ids: Tensor) -> Tensor:
     ):
         model(ids)
     return seen[0]
-
-
-def continue_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
-    """The prompt and its most likely continuation. model has transformers' ``generate``."""
-    inputs = tokenizer(prompt, return_tensors="pt")
-    with evaluating(model):
-        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(output[0], skip_special_tokens=True)

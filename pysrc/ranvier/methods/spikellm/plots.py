@@ -24,13 +24,18 @@ def _pyplot() -> Any:
     return pyplot
 
 
+def check_matplotlib() -> None:
+    """Raises ImportError, naming the extra, where matplotlib is missing: call it before long work that ends in a picture."""
+    _pyplot()
+
+
 def perplexity_against_bytes(rows: Sequence[dict], path: Path, title: str) -> Path:
     """One point a setting: megabytes of linear weights to the right, perplexity (log) upwards.
 
     rows: dicts with name, perplexity, weight_bytes, spiking.
     """
     pyplot = _pyplot()
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     figure, axes = pyplot.subplots(figsize=(8.5, 5.2), layout="constrained")
     middle = (max(row["weight_bytes"] for row in rows) * min(row["weight_bytes"] for row in rows)) ** 0.5
@@ -55,7 +60,7 @@ def perplexity_against_bytes(rows: Sequence[dict], path: Path, title: str) -> Pa
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(ScalarFormatter())
         axis.set_minor_formatter("")
-    axes.set_xticks([50, 100, 200, 400])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.grid(True, which="both", alpha=0.2)
     named = ((SPIKING, "spiking"), (PLAIN, "not spiking"))
     handles = [pyplot.Line2D([], [], marker="o", ls="", color=c, label=t) for c, t in named]
@@ -71,11 +76,12 @@ def spike_raster(counts: Tensor, salient: Tensor, path: Path, title: str, channe
     counts: int [tokens, steps, K], the spikes each channel fires in each step; salient: bool [K], drawn in red at the side.
     """
     pyplot = _pyplot()
+    counts, salient = counts.cpu(), salient.cpu()
     tokens, steps, total = counts.shape
     shown = min(channels, total)
     # Salient channels first, so that their second and later steps can be seen.
     order = torch.argsort(~salient, stable=True)[:shown]
-    image = counts[..., order].reshape(tokens * steps, shown).T
+    image = counts[..., order].reshape(tokens * steps, shown).T.numpy()
     figure, axes = pyplot.subplots(figsize=(10, 5.6), layout="constrained")
     drawn = axes.imshow(image, aspect="auto", cmap="Greys", interpolation="nearest", extent=(0, tokens, shown, 0))
     marked = int(salient[order].sum())

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 def salient_channels(channels: int, share: float) -> int:
     """How many of K channels are salient where no scores tie: K - int((1 - share) K)."""
-    return channels - int((1 - share) * channels)
+    # Rounded first: (1 - 0.8) * 10 is a little under 2 in floats.
+    return channels - int(round((1 - share) * channels, 6))
 
 
 def salient_mask(scores: Tensor, share: float) -> Tensor:

@@ -1,0 +1,98 @@
+"""The table of what runs where: the README's is the one that the declared ops give, and its cells are so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiled import ROOT
+from spiking import CONFIGS, spiking, tokens
+
+from ranvier.cli import main
+from ranvier.ops import spike_encode
+from ranvier.ops._declare import OPS
+from ranvier.ops._matrix import COLUMNS, markdown_matrix
+from ranvier.ops.spike_linear import _arguments
+
+TYPES = (
+    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32,
+    torch.int64, torch.bool,
+)  # fmt: skip
+CELLS = [row.strip("| ").split(" | ") for row in markdown_matrix()[2:]]
+ROWS = {cells[0].strip("`"): dict(zip(COLUMNS, cells, strict=True)) for cells in CELLS}
+
+
+def call_of(name: str) -> list:
+    """Arguments that the op takes, its first tensor in front."""
+    layer, x = spiking(CONFIGS[0]), tokens()
+    form, weight = layer.format, layer.packed_weight
+    rule = (form.act_bits, form.steps, form.span, form.grid, form.group_size)
+    given = _arguments(weight, layer.salient_mask, layer.bias.detach(), form, layer.out_features)
+    return {
+        "spike_encode": lambda: [x, layer.salient_mask, form.salient_count, *rule],
+        "spike_linear": lambda: [*spike_encode(x, layer.salient_mask, **form.rule), *given, torch.float32],
+        "spike_linear_dynamic": lambda: [x, *given],
+        "spike_events": lambda: [
+            torch.tensor([[3, 0, -2]], dtype=torch.int32), torch.ones(3, 5, dtype=torch.int16),
+            torch.zeros(3, dtype=torch.int64), 1, "unary", 1,
+        ],
+    }[name]()  # fmt: skip
+
+
+def test_readme_has_the_declared_table() -> None:
+    """The table under "What runs where" is the one printed by the library, line for line."""
+    section = (ROOT / "README.md").read_text().split("## What runs where\n")[1].split("\n## ")[0]
+    table = section.strip().split("\n\n")[0].splitlines()
+    assert table == markdown_matrix(), "replace the README's table by the output of: ranvier info --markdown"
+
+
+def test_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """ranvier info --markdown prints those lines and nothing else."""
+    assert main(["info", "--markdown"]) == 0
+    assert capsys.readouterr().out.splitlines() == markdown_matrix()
+
+
+def test_every_op_has_a_row() -> None:
+    """One row an op, no other."""
+    assert list(ROWS) == sorted(OPS)
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_dtypes_are_those_that_run(name: str) -> None:
+    """The first tensor's types that the table names run on every named backend, every other raises TypeError."""
+    row, (first, *rest) = ROWS[name], call_of(name)
+    for dtype in TYPES:
+        declared = str(dtype)[6:] in row["dtypes"].split(", ")
+        for backend in ("cpu", "reference"):
+            assert row[backend] == "yes"
+            if declared:
+                OPS[name](first.to(dtype), *rest, backend=backend)
+            else:
+                with pytest.raises(TypeError, match=str(dtype)):
+                    OPS[name](first.to(dtype), *rest, backend=backend)
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_backward_is_where_the_table_says(name: str) -> None:
+    """A gradient reaches the first tensor where the table has one; elsewhere none is recorded, or torch warns of it."""
+    first, *rest = call_of(name)
+    first = first.requires_grad_() if first.is_floating_point() else first
+    outputs = OPS[name](first, *rest)
+    outputs = outputs if isinstance(outputs, tuple | list) else [outputs]
+    differentiable = [y for y in outputs if y.requires_grad]
+    if ROWS[name]["backward"] == "-":
+        assert all(y.grad_fn.name().endswith("WarnNotImplemented") for y in differentiable)
+    else:
+        (gradient,) = torch.autograd.grad(differentiable[0].sum(), first)
+        assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_compiles_in_one_graph(name: str) -> None:
+    """torch.compile(fullgraph=True) takes the op and gives eager's values."""
+    torch._dynamo.reset()
+    first, *rest = call_of(name)
+    op = OPS[name]
+    compiled = torch.compile(lambda x: op.overload(x, *rest), fullgraph=True, backend="aot_eager")(first)
+    eager = op.overload(first, *rest)
+    pairs = zip(compiled, eager, strict=True) if isinstance(eager, tuple | list) else [(compiled, eager)]
+    assert ROWS[name]["compile"] == "yes" and all(torch.equal(a, b) for a, b in pairs)

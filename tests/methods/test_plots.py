@@ -1,0 +1,128 @@
+"""Pictures of a conversion: real files with something on them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ranvier.methods.spikellm.plots import INK, PLAIN, SPIKING, perplexity_against_bytes, spike_raster
+
+NAMES = ("float32", "bfloat16", "W4A16", "W4A8", "W4A4", "T=2", "T=4", "separate")
+
+
+def rows(scale: float = 1.0) -> list[dict]:
+    sizes = (425e6, 212e6, 56e6, 56e6, 56e6, 56e6, 56e6, 56e6)
+    values = (22.0, 22.1, 29.5, 30.1, 900.0, 310.0, 290.0, 41.0)
+    return [
+        {"name": name, "weight_bytes": size * scale, "perplexity": value, "spiking": i > 4}
+        for i, (name, size, value) in enumerate(zip(NAMES, sizes, values, strict=True))
+    ]
+
+
+def picture(path: Path) -> np.ndarray:
+    """A png's pixels, uint8 [height, width, 3]."""
+    image = pytest.importorskip("PIL.Image", reason="reading a picture needs pillow, which matplotlib brings")
+    with image.open(path) as opened:
+        assert opened.format == "PNG"
+        return np.asarray(opened.convert("RGB"))
+
+
+def near(pixels: np.ndarray, colour: str) -> np.ndarray:
+    """Where the pixels are this colour, but for antialiasing."""
+    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+    return (np.abs(pixels.astype(int) - wanted) <= 6).all(-1)
+
+
+def counts(tokens: int = 6, steps: int = 2, channels: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+    salient = torch.zeros(channels, dtype=torch.bool)
+    salient[3::10] = True
+    spikes = torch.zeros(tokens, steps, channels, dtype=torch.int32)
+    spikes[:, 0] = torch.arange(channels, dtype=torch.int32) % 16
+    spikes[:, 1:, salient] = 15
+    return spikes, salient
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 30.0], ids=["demo", "tiny", "large"])
+def test_perplexity_against_bytes(tmp_path: Path, scale: float) -> None:
+    """A png of the promised size with a marker for every setting, in two colours, spread over the axes at any size."""
+    path = tmp_path / "perplexity.png"
+    assert perplexity_against_bytes(rows(scale), path, "title") == path
+    pixels = picture(path)
+    assert pixels.shape == (780, 1275, 3)
+    spiking, plain, ink = (near(pixels, colour) for colour in (SPIKING, PLAIN, INK))
+    # A marker is some 17 pixels wide: 150 or more of its colour, and one stands in the legend. Those that do not spike are
+    # apart, those that spike may cover each other in part.
+    assert plain.sum() > 4 * 150 and spiking.sum() > 3 * 150 and ink.sum() > 500
+    # Points of 425 and of 56 MB are far apart: markers reach over more than half of the axes.
+    columns = np.flatnonzero(plain[200:].sum(0) >= 8)
+    assert columns.max() - columns.min() > 1275 / 3
+
+
+def test_labels_of_one_column_do_not_cover_each_other(tmp_path: Path) -> None:
+    """Equal points have labels one above the other: more ink than where only one could be read."""
+    same = [{"name": "setting", "weight_bytes": 56e6, "perplexity": 30.0, "spiking": True} for _ in range(4)]
+    wide = {"name": "float", "weight_bytes": 425e6, "perplexity": 22.0, "spiking": False}
+    ink = [
+        int(near(picture(perplexity_against_bytes([wide, *same[:n]], tmp_path / f"{n}.png", "")), INK).sum()) for n in (1, 4)
+    ]
+    label = (ink[0] - int(near(picture(perplexity_against_bytes([wide], tmp_path / "0.png", "")), INK).sum())) or 1
+    # Three further labels of about the first one's ink.
+    assert ink[1] - ink[0] > 2.5 * label > 0
+
+
+@pytest.mark.parametrize("channels", [200, 40], ids=["cut", "all"])
+def test_spike_raster(tmp_path: Path, channels: int) -> None:
+    """A png of the promised size, darker where more fires, with the red line that parts salient channels."""
+    path = tmp_path / "raster.png"
+    spikes, salient = counts(channels=channels)
+    assert spike_raster(spikes, salient, path, "title") == path
+    pixels = picture(path)
+    assert pixels.shape == (840, 1500, 3)
+    assert near(pixels, SPIKING).any(1).max() and near(pixels, SPIKING).sum(1).max() > 1000  # across the axes
+    grey = pixels[(pixels.max(-1) - pixels.min(-1)) < 8]
+    assert len(np.unique(grey[:, 0])) >= 16  # a shade for each of 0 to 15 spikes
+    # More spikes are darker: the same raster firing less is lighter in the axes.
+    less = picture(spike_raster(torch.where(spikes == 15, 15, spikes // 4), salient, tmp_path / "less.png", "title"))
+    assert less[100:700, 200:1100].mean() > pixels[100:700, 200:1100].mean() + 5
+
+
+def test_salient_channels_come_first(tmp_path: Path) -> None:
+    """Where only salient channels fire, all is black above the red line and white below it."""
+    spikes, salient = counts()
+    pixels = picture(spike_raster(torch.where(salient, 15, 0).int().expand_as(spikes), salient, tmp_path / "a.png", ""))
+    line = int(near(pixels, SPIKING).sum(1).argmax())
+    inside = pixels[:, 700:1200]  # right of the words, left of the frame
+    assert line > 100 and (inside[50 : line - 4] < 10).all() and (inside[line + 4 : 740] > 245).all()
+
+
+def test_blank_raster_differs(tmp_path: Path) -> None:
+    """A layer that fires nothing is drawn too, and is not the picture of one that fires."""
+    spikes, salient = counts()
+    one, other = (spike_raster(s, salient, tmp_path / f"{i}.png", "") for i, s in enumerate((spikes, spikes * 0)))
+    assert (picture(one) != picture(other)).mean() > 0.05
+
+
+def test_pictures_leave_no_figure_open(tmp_path: Path) -> None:
+    """Every figure is closed after it is written."""
+    from matplotlib import pyplot
+
+    before = pyplot.get_fignums()
+    perplexity_against_bytes(rows(), tmp_path / "a.png", "")
+    spike_raster(*counts(), tmp_path / "b.png", "")
+    assert pyplot.get_fignums() == before
+
+
+@pytest.mark.parametrize("draw", ["perplexity", "raster"])
+def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, draw: str) -> None:
+    """Without matplotlib the error says what to install, and nothing is written."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"matplotlib: pip install 'ranvier\[plot\]'"):
+        if draw == "raster":
+            spike_raster(*counts(), tmp_path / "a.png", "")
+        else:
+            perplexity_against_bytes(rows(), tmp_path / "a.png", "")
+    assert not list(tmp_path.iterdir())
