@@ -28,8 +28,8 @@ from torch import Tensor
 import ranvier
 from ranvier import _C
 
-READ_BYTES = 512 << 20
 MEMORY_CAP = 2 << 30
+READ_PIECE = 4 << 20
 # libgomp's idle threads spin for a few milliseconds; a peer with a runtime of its own must not share cores with them.
 SETTLE_SECONDS = 0.005
 WARM_SECONDS = 0.001
@@ -41,7 +41,10 @@ class WrongValuesError(RuntimeError):
 
 @dataclass
 class Candidate:
-    """Something to time. call(i) uses the i-th copy of its weights; bytes is what one call must at least move."""
+    """Something to time. call(i) uses the i-th copy of its weights; bytes is what one call must at least move.
+
+    memory: (address, bytes) of each copy; where the first candidate says, the bandwidth is measured on these.
+    """
 
     provider: str
     call: Callable[[int], object]
@@ -50,6 +53,7 @@ class Candidate:
     copies: int = 1
     isa: str | None = None
     labels: dict = field(default_factory=dict)
+    memory: Sequence[tuple[int, int]] = ()
 
 
 @dataclass
@@ -114,7 +118,7 @@ class Machine:
     """The limits, measured by the library's own loops with torch's threads."""
 
     def __init__(self) -> None:
-        self._buffer = torch.ones(READ_BYTES, dtype=torch.uint8)
+        self._buffer = torch.ones(4 * last_level_cache(), dtype=torch.uint8)
         self._iterations = 1_000
         while self._dot_seconds() < 0.004:
             self._iterations *= 2
@@ -124,27 +128,31 @@ class Machine:
         self._work = _C.machine_dot(self._iterations)
         return time.perf_counter() - start
 
-    def limits(self) -> tuple[float, float]:
+    def limits(self, memory: Sequence[tuple[int, int]] = ()) -> tuple[float, float]:
         """(peak, bandwidth), after the threads of whatever ran before have come to rest."""
         time.sleep(SETTLE_SECONDS)
         self._dot_seconds()
-        return self.peak(), self.bandwidth()
+        return self.peak(), self.bandwidth(memory)
 
     def peak(self) -> float:
         """Operations a second of 8-bit dot products on registers; a multiply-accumulate is two."""
         return 2.0 * statistics.median(self._work / self._dot_seconds() for _ in range(3))
 
-    def bandwidth(self) -> float:
-        """Bytes a second of reading a buffer far larger than the caches, every part once.
+    def bandwidth(self, memory: Sequence[tuple[int, int]] = ()) -> float:
+        """Bytes a second of reading ``memory`` piece by piece in turn, by default a buffer of four last-level caches.
 
-        The buffer is a tensor: its pages are those that torch gives to weights.
+        Pages differ in speed by where they lie, and a cache keeps a little of what rotates through it: so weights are
+        held against reading the same addresses in the same rotation. Small pieces would measure the call instead.
         """
-        values, part = [], READ_BYTES // 4
-        for i in range(4):
+        if not memory or min(size for _, size in memory) < READ_PIECE:
+            address, count = self._buffer.data_ptr(), self._buffer.numel() // READ_PIECE
+            memory = [(address + i * READ_PIECE, READ_PIECE) for i in range(count)]
+        values = []
+        for address, size in (*memory, *memory):
             start = time.perf_counter()
-            _C.machine_read(self._buffer.data_ptr() + i * part, part)
-            values.append(part / (time.perf_counter() - start))
-        return statistics.median(values)
+            _C.machine_read(address, size)
+            values.append(size / (time.perf_counter() - start))
+        return statistics.median(values[len(memory) :])
 
 
 class OtherLoad:
@@ -191,7 +199,7 @@ def measure(candidates: Sequence[Candidate], rounds: int, machine: Machine, visi
     gc.disable()
     try:
         for round_ in range(rounds):
-            before = machine.limits()
+            before = machine.limits(candidates[0].memory)
             for place in range(len(candidates)):
                 n = (place + round_) % len(candidates)
                 c, (batches, calls) = candidates[n], plans[n]
@@ -199,7 +207,7 @@ def measure(candidates: Sequence[Candidate], rounds: int, machine: Machine, visi
                     time.sleep(SETTLE_SECONDS)
                     turn[n], value = _visit(c, turn[n], batches, calls)
                 seconds[n].append(value)
-            after = machine.limits()
+            after = machine.limits(candidates[0].memory)
             peak.append((before[0] + after[0]) / 2)
             bandwidth.append((before[1] + after[1]) / 2)
     finally:

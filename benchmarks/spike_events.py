@@ -74,6 +74,7 @@ class Shape:
         return Candidate(
             MERGED, lambda i: spike_linear(encoded, weights[i], form, out, salient_mask=mask),
             2.0 * form.channels * out, first.weight_packed.numel(), len(weights), None, labels,
+            [(weight.packed.data_ptr(), weight.packed.numel()) for weight in weights],
         )  # fmt: skip
 
     def events(self, x: Tensor, encoding: str) -> Candidate:

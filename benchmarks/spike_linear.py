@@ -130,6 +130,7 @@ def our_candidate(variant: Variant, layers: list, x: Tensor) -> Candidate:
         len(layers),
         variant.isa,
         labels,
+        [(layer.weight_packed.data_ptr(), layer.weight_packed.numel()) for layer in layers],
     )
 
 

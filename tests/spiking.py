@@ -210,9 +210,9 @@ def tables(weight: PackedWeight, form: SpikeFormat, out: int) -> tuple[Tensor, T
 def epilogue_bound(encoded: SpikeCodes, weight: PackedWeight, form: SpikeFormat, out: int, bias: Tensor | None) -> Tensor:
     """How far y of the compiled epilogue can be from the float64 truth, [M, N].
 
-    With u = 2^-24 each group's term t = s_x (s_w v), v = acc - z_x S, meets at most: acc to float (u |acc|, none below
-    2^24), the fused z_x S (u |v|), the product with s_w (u |v|), and the fused sum into y (u |partial sum|). Second-order
-    terms are below a percent. Underflow adds at most 2^-149 a step.
+    With u = 2^-24 a group's sum v = acc - z_x S meets acc to float (u |acc|, none below 2^24) and the fused z_x S (u |v|),
+    its fused sum into the range's (u |partial sum|), and each range the fused product with s_x (u |partial sum|).
+    Second-order terms are below a percent. Underflow adds at most 2^-149 a step.
     """
     q, scale, zero = tables(weight, form, out)
     groups, ranges = group_index(form.lengths, form.group_size or None)
@@ -223,8 +223,8 @@ def epilogue_bound(encoded: SpikeCodes, weight: PackedWeight, form: SpikeFormat,
     v = acc - encoded.zero[..., ranges].unsqueeze(-2).double() * total
     factor = encoded.scale[..., ranges].unsqueeze(-2).double() * scale.double()
     largest = (factor * v).abs().sum(-1) + (0 if bias is None else bias.double().abs())
-    inner = (factor * (acc.abs() + 2 * v.abs())).sum(-1)
-    return 1.01 * unit * (inner + count * largest) + 4 * count * 2.0**-149
+    inner = (factor * (acc.abs() + v.abs())).sum(-1)
+    return 1.01 * unit * (inner + (count + len(form.lengths)) * largest) + 4 * count * 2.0**-149
 
 
 # What the tests of the module are made of: one layer of K inputs and N outputs, its mask, its tokens.

@@ -1,6 +1,6 @@
 // spike_linear: spike codes x packed 4-bit weights.
 //
-//   y[m, n] = b[n] + sum_g s_x[m, range(g)] * s_w[n, g] * ( sum_{k in g} c[m, k] (q[n, k] - z_w[n, g]) - z_x S[n, g] )
+//   y[m, n] = b[n] + sum_r s_x[m, r] sum_{g in r} s_w[n, g] ( sum_{k in g} c[m, k] (q[n, k] - z_w[n, g]) - z_x[m, r] S[n, g] )
 //
 // z_x and S[n, g] = sum_{k in g} (q - z_w) only exist for compat codes. Weights: [N/32][blocks][64 bytes]; byte 4 i + j of
 // a block holds channel j of the block's four channels for output i (low nibble) and output 16 + i (high nibble).

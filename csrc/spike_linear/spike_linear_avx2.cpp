@@ -89,11 +89,11 @@ void accumulate(const std::uint8_t* weight, const std::int8_t* codes, std::int64
   }
 }
 
-// Columns [8 j, 8 j + 8) of one token's outputs.
-void finish(const SpikeProduct& p, std::int64_t m, std::int64_t r, std::int64_t g, std::int64_t table, const std::int32_t* acc,
+// One token's group: t, the range's sum so far, grows by s_w * v; after its last group y grows by s_x * t.
+void finish(const SpikeProduct& p, std::int64_t m, const WeightGroup& g, std::int64_t table, const std::int32_t* acc, float* t,
             float* y) {
-  const std::int64_t at = m * p.format.ranges + r;
-  const __m256i sum = _mm256_set1_epi32(p.sums[m * p.format.group_count() + g]);
+  const std::int64_t at = m * p.format.ranges + g.range;
+  const __m256i sum = _mm256_set1_epi32(p.sums[m * p.format.group_count() + g.index]);
   const __m256 scale = _mm256_set1_ps(p.scale[at]);
   for (int j = 0; j < kOutputBlock; j += 8) {
     const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p.weight_zero + table + j)));
@@ -104,8 +104,13 @@ void finish(const SpikeProduct& p, std::int64_t m, std::int64_t r, std::int64_t 
       const __m256i weight_sum = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.weight_sum + table + j));
       v = _mm256_fnmadd_ps(_mm256_set1_ps(static_cast<float>(p.zero[at])), _mm256_cvtepi32_ps(weight_sum), v);
     }
-    v = _mm256_mul_ps(_mm256_loadu_ps(p.weight_scale + table + j), v);
-    _mm256_store_ps(y + j, _mm256_fmadd_ps(scale, v, _mm256_load_ps(y + j)));
+    const __m256 before = g.first ? _mm256_setzero_ps() : _mm256_load_ps(t + j);
+    const __m256 after = _mm256_fmadd_ps(_mm256_loadu_ps(p.weight_scale + table + j), v, before);
+    if (g.last) {
+      _mm256_store_ps(y + j, _mm256_fmadd_ps(scale, after, _mm256_load_ps(y + j)));
+    } else {
+      _mm256_store_ps(t + j, after);
+    }
   }
 }
 
@@ -128,18 +133,18 @@ template <int R>
 void rows(const SpikeProduct& p, std::int64_t block, std::int64_t m, const std::int8_t* codes, std::int64_t stride) {
   const SpikeFormat& f = p.format;
   const std::int64_t n = block * kOutputBlock, width = p.N - n < kOutputBlock ? p.N - n : kOutputBlock;
-  alignas(32) float y[R][kOutputBlock];
+  alignas(32) float t[R][kOutputBlock], y[R][kOutputBlock];
   for (std::int64_t j = 0; j < kOutputBlock; ++j) {
     y[0][j] = p.bias != nullptr && j < width ? load_float(p.bias, n + j, p.bias_dtype) : 0.0f;
   }
   for (int i = 1; i < R; ++i) std::memcpy(y[i], y[0], sizeof(y[0]));
-  for_each_weight_group(f, [&](std::int64_t r, std::int64_t g, std::int64_t begin, std::int64_t end) {
+  for_each_weight_group(f, [&](const WeightGroup& g) {
     alignas(32) std::int32_t acc[R][kOutputBlock] = {};
-    const std::int64_t window = 32767 / (30 * f.code_bound(r));
-    accumulate<R>(p.weight + (block * f.block_count() + begin) * kBlockBytes, codes + begin * stride, stride, end - begin,
-                  window, acc);
-    const std::int64_t table = (block * f.group_count() + g) * kOutputBlock;
-    for (int i = 0; i < R; ++i) finish(p, m + i, r, g, table, acc[i], y[i]);
+    const std::int64_t window = 32767 / (30 * f.code_bound(g.range));
+    accumulate<R>(p.weight + (block * f.block_count() + g.begin) * kBlockBytes, codes + g.begin * stride, stride,
+                  g.end - g.begin, window, acc);
+    const std::int64_t table = (block * f.group_count() + g.index) * kOutputBlock;
+    for (int i = 0; i < R; ++i) finish(p, m + i, g, table, acc[i], t[i], y[i]);
   });
   for (int i = 0; i < R; ++i) store(p, m + i, n, width, y[i]);
 }

@@ -55,13 +55,10 @@ RANVIER_INLINE GroupTable load_table(const SpikeProduct& p, std::int64_t table) 
   return t;
 }
 
-// y += s_x * (s_w * (acc - z_x * S)); a level's results must round alike, so the order and the two FMAs are fixed.
-RANVIER_INLINE __m512 scaled(const SpikeProduct& p, std::int64_t token, std::int64_t r, __m512i acc, __m512 scale, __m512 sum,
-                             __m512 y) {
-  __m512 v = _mm512_cvtepi32_ps(acc);
-  const std::int64_t at = token * p.format.ranges + r;
-  if (p.zero != nullptr) v = _mm512_fnmadd_ps(_mm512_set1_ps(static_cast<float>(p.zero[at])), sum, v);
-  return _mm512_fmadd_ps(_mm512_set1_ps(p.scale[at]), _mm512_mul_ps(scale, v), y);
+// acc - z_x * S: what the weight scale multiplies.
+RANVIER_INLINE __m512 product_of(const SpikeProduct& p, std::int64_t at, __m512i acc, __m512 sum) {
+  const __m512 v = _mm512_cvtepi32_ps(acc);
+  return p.zero == nullptr ? v : _mm512_fnmadd_ps(_mm512_set1_ps(static_cast<float>(p.zero[at])), sum, v);
 }
 
 // One token: two blocks a step keep four chains of dot products in flight.
@@ -86,43 +83,63 @@ RANVIER_INLINE void dot_one(const std::uint8_t* weight, const std::int8_t* codes
   b = _mm512_add_epi32(b, b1);
 }
 
+// One group of a tile. t, the range's sum so far, grows by s_w * v; after its last group y grows by s_x * t. All levels
+// round alike: this order and these fused operations are fixed.
 template <int R>
 RANVIER_INLINE void group(const SpikeProduct& p, std::int64_t block, std::int64_t m, const std::int8_t* panel,
-                          float (*y)[kOutputBlock], std::int64_t r, std::int64_t g, std::int64_t begin, std::int64_t end) {
+                          const WeightGroup& g, float (*t)[kOutputBlock], float (*y)[kOutputBlock]) {
   const std::int64_t groups = p.format.group_count();
-  const GroupTable table = load_table(p, (block * groups + g) * kOutputBlock);
-  const std::uint8_t* weight = p.weight + (block * p.format.block_count() + begin) * kBlockBytes;
-  const std::int8_t* codes = panel + begin * 4 * R;
-#define RANVIER_START(i)                                                                  \
-  __m512i a##i{}, b##i{};                                                                 \
-  if constexpr (R > i) {                                                                  \
-    const __m512i sum = _mm512_set1_epi32(p.sums[(m + i) * groups + g]);                  \
-    a##i = _mm512_mullo_epi32(sum, table.minus_zero_low);                                 \
-    b##i = _mm512_mullo_epi32(sum, table.minus_zero_high);                                \
+  const GroupTable table = load_table(p, (block * groups + g.index) * kOutputBlock);
+  const std::uint8_t* weight = p.weight + (block * p.format.block_count() + g.begin) * kBlockBytes;
+  const std::int8_t* codes = panel + g.begin * 4 * R;
+#define RANVIER_START(i)                                               \
+  __m512i a##i{}, b##i{};                                              \
+  if constexpr (R > i) {                                               \
+    const __m512i sum = _mm512_set1_epi32(p.sums[(m + i) * groups + g.index]); \
+    a##i = _mm512_mullo_epi32(sum, table.minus_zero_low);              \
+    b##i = _mm512_mullo_epi32(sum, table.minus_zero_high);             \
   }
   RANVIER_ROWS(RANVIER_START)
 #undef RANVIER_START
   if constexpr (R == 1) {
-    dot_one(weight, codes, end - begin, a0, b0);
+    dot_one(weight, codes, g.end - g.begin, a0, b0);
   } else {
-    for (std::int64_t k = begin; k < end; ++k, weight += kBlockBytes, codes += 4 * R) {
+    for (std::int64_t k = g.begin; k < g.end; ++k, weight += kBlockBytes, codes += 4 * R) {
       const Nibbles w = unpack(weight);
-#define RANVIER_DOT(i)                                                                    \
-  if constexpr (R > i) {                                                                  \
-    const __m512i c = _mm512_set1_epi32(load32(codes + 4 * i));                           \
-    dot(a##i, w.low, c);                                           \
-    dot(b##i, w.high, c);                                          \
+#define RANVIER_DOT(i)                                          \
+  if constexpr (R > i) {                                        \
+    const __m512i c = _mm512_set1_epi32(load32(codes + 4 * i)); \
+    dot(a##i, w.low, c);                                        \
+    dot(b##i, w.high, c);                                       \
   }
       RANVIER_ROWS(RANVIER_DOT)
 #undef RANVIER_DOT
     }
   }
-#define RANVIER_FINISH(i)                                                                                                  \
-  if constexpr (R > i) {                                                                                                   \
-    _mm512_store_ps(y[i], scaled(p, m + i, r, a##i, table.scale_low, table.sum_low, _mm512_load_ps(y[i])));                \
-    _mm512_store_ps(y[i] + 16, scaled(p, m + i, r, b##i, table.scale_high, table.sum_high, _mm512_load_ps(y[i] + 16)));    \
+  // A range's first group finds no sum: its lanes are masked to zero.
+  const __mmask16 have = g.first ? __mmask16{0} : static_cast<__mmask16>(0xffff);
+  const std::int64_t first = m * p.format.ranges + g.range, step = p.format.ranges;
+#define RANVIER_SUM(i, acc, half, from) \
+  _mm512_fmadd_ps(table.scale_##half, product_of(p, first + i * step, acc, table.sum_##half), _mm512_maskz_load_ps(have, from))
+#define RANVIER_ADD(i)                                                    \
+  if constexpr (R > i) {                                                  \
+    _mm512_store_ps(t[i], RANVIER_SUM(i, a##i, low, t[i]));               \
+    _mm512_store_ps(t[i] + 16, RANVIER_SUM(i, b##i, high, t[i] + 16));    \
   }
-  RANVIER_ROWS(RANVIER_FINISH)
+#define RANVIER_FINISH(i)                                                                                    \
+  if constexpr (R > i) {                                                                                     \
+    const __m512 scale = _mm512_set1_ps(p.scale[first + i * step]);                                          \
+    const __m512 low = RANVIER_SUM(i, a##i, low, t[i]), high = RANVIER_SUM(i, b##i, high, t[i] + 16);        \
+    _mm512_store_ps(y[i], _mm512_fmadd_ps(scale, low, _mm512_load_ps(y[i])));                                \
+    _mm512_store_ps(y[i] + 16, _mm512_fmadd_ps(scale, high, _mm512_load_ps(y[i] + 16)));                     \
+  }
+  if (g.last) {
+    RANVIER_ROWS(RANVIER_FINISH)
+  } else {
+    RANVIER_ROWS(RANVIER_ADD)
+  }
+#undef RANVIER_SUM
+#undef RANVIER_ADD
 #undef RANVIER_FINISH
 }
 
@@ -162,15 +179,13 @@ template <int R>
 void tile(const SpikeProduct& p, std::int64_t block, std::int64_t m) {
   const std::int64_t n = block * kOutputBlock;
   const __mmask16 lanes[2] = {lanes_of(p.N - n), lanes_of(p.N - n - 16)};
-  alignas(64) float y[R][kOutputBlock];
+  alignas(64) float t[R][kOutputBlock], y[R][kOutputBlock];
   for (int half = 0; half < 2; ++half) {
     const __m512 bias = load_bias(p, n + 16 * half, lanes[half]);
     for (int i = 0; i < R; ++i) _mm512_store_ps(y[i] + 16 * half, bias);
   }
   const std::int8_t* panel = p.panels + m * 4 * p.format.block_count();
-  for_each_weight_group(p.format, [&](std::int64_t r, std::int64_t g, std::int64_t begin, std::int64_t end) {
-    group<R>(p, block, m, panel, y, r, g, begin, end);
-  });
+  for_each_weight_group(p.format, [&](const WeightGroup& g) { group<R>(p, block, m, panel, g, t, y); });
   for (int i = 0; i < R; ++i) {
     const std::int64_t at = (m + i) * p.N + n;
     store(p, at, lanes[0], _mm512_load_ps(y[i]));

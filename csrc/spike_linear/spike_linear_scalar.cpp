@@ -23,16 +23,19 @@ void token(const SpikeProduct& p, std::int64_t block, std::int64_t m, const std:
   for (std::int64_t n = 0; n < width; ++n) {
     y[n] = p.bias == nullptr ? 0.0f : load_float(p.bias, first + n, p.bias_dtype);
   }
-  for_each_weight_group(f, [&](std::int64_t r, std::int64_t g, std::int64_t begin, std::int64_t end) {
+  float t[kOutputBlock] = {0};  // the range's sum
+  for_each_weight_group(f, [&](const WeightGroup& g) {
     std::int32_t acc[kOutputBlock] = {0};
-    accumulate(p.weight + (block * f.block_count() + begin) * kBlockBytes, codes + begin * stride, stride, end - begin, acc);
-    const std::int64_t table = (block * groups + g) * kOutputBlock;
+    accumulate(p.weight + (block * f.block_count() + g.begin) * kBlockBytes, codes + g.begin * stride, stride, g.end - g.begin,
+               acc);
+    const std::int64_t table = (block * groups + g.index) * kOutputBlock, at = m * ranges + g.range;
     for (std::int64_t n = 0; n < width; ++n) {
-      float v = static_cast<float>(acc[n] - p.weight_zero[table + n] * p.sums[m * groups + g]);
+      float v = static_cast<float>(acc[n] - p.weight_zero[table + n] * p.sums[m * groups + g.index]);
       if (p.zero != nullptr) {
-        v = __builtin_fmaf(-static_cast<float>(p.zero[m * ranges + r]), static_cast<float>(p.weight_sum[table + n]), v);
+        v = __builtin_fmaf(-static_cast<float>(p.zero[at]), static_cast<float>(p.weight_sum[table + n]), v);
       }
-      y[n] = __builtin_fmaf(p.scale[m * ranges + r], p.weight_scale[table + n] * v, y[n]);
+      t[n] = __builtin_fmaf(p.weight_scale[table + n], v, g.first ? 0.0f : t[n]);
+      if (g.last) y[n] = __builtin_fmaf(p.scale[at], t[n], y[n]);
     }
   });
   for (std::int64_t n = 0; n < width; ++n) store_float(p.y, m * p.N + first + n, p.y_dtype, y[n]);

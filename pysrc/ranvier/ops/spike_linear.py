@@ -1,6 +1,6 @@
 """spike_linear: spike codes x packed 4-bit weights, in one integer product equal to the sum over all spikes.
 
-    y[m, n] = b[n] + sum_g s_x[m, r(g)] s_w[n, g] ( sum_{k in g} c[m, k] (q[n, k] - z_w[n, g]) - z_x[m, r(g)] S[n, g] )
+    y[m, n] = b[n] + sum_r s_x[m, r] sum_{g in r} s_w[n, g] ( sum_{k in g} c[m, k] (q[n, k] - z_w[n, g]) - z_x[m, r] S[n, g] )
 
 `spike_linear` takes codes, `spike_linear_dynamic` activations: encode, product and epilogue in one call. Its gradient is the
 straight-through one: dx = dy W^, db = sum dy. Formulas: :mod:`ranvier.reference.spike_linear`.
@@ -282,7 +282,8 @@ def spike_linear(
     """The product of codes [..., K] and a packed weight: [..., N] in ``dtype``, bias included.
 
     encoded: what :func:`ranvier.ops.spike_encode` returned for the same format. weight: :func:`pack_weight`'s result.
-    Integer sums are exact; the epilogue rounds y = fma(s_x, s_w * sum, b) alike on every instruction-set level.
+    Integer sums are exact; the epilogue's order of fused operations is the same on every instruction-set level,
+    and so are its bits.
     Raises ValueError for shapes that do not belong together, TypeError for dtypes, BackendError for a backend that cannot run.
     """
     return op(*encoded, *_arguments(weight, salient_mask, bias, form, out_features), dtype, backend=backend)

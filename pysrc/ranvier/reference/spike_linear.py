@@ -1,10 +1,10 @@
 """spike_linear: the product of spike codes and 4-bit weights.
 
-    y[m, n] = b[n] + sum_g s_x[m, r(g)] s_w[n, g] ( sum_{k in g} c[m, k] (q[n, k] - z_w[n, g]) - z_x[m, r(g)] S[n, g] )
+    y[m, n] = b[n] + sum_r s_x[m, r] sum_{g in r} s_w[n, g] ( sum_{k in g} c[m, k] (q[n, k] - z_w[n, g]) - z_x[m, r] S[n, g] )
     S[n, g] = sum_{k in g} (q[n, k] - z_w[n, g])
 
 c are the codes of :mod:`ranvier.reference.spike_encode`, in their order, q the weights' codes 0..15 in the same order, g
-the groups of channels and r(g) the range a group lies in. Summing the spikes of every time step first gives the same
+the groups of channels and r the ranges they lie in. Summing the spikes of every time step first gives the same
 integers: sum_t (s_t W^T) = (sum_t s_t) W^T.
 """
 
