@@ -101,25 +101,25 @@ void bind_spike(py::module_& m) {
     Status status;
     {
       py::gil_scoped_release release;
-      status = ranvier::spike_linear(l, at<std::int8_t>(codes), at<float>(scale), at<std::int32_t>(sums), at<std::int32_t>(zero),
-                                     M, at<void>(y), static_cast<DType>(dtype));
+      status = ranvier::spike_linear(l, at<std::int8_t>(codes), at<float>(scale), at<std::int32_t>(sums),
+                                     at<std::int32_t>(zero), M, at<void>(y), static_cast<DType>(dtype));
     }
     raise_on(status, "spike_linear");
   });
   m.def("spike_encoding_bytes", [](const py::bytes& layer, std::int64_t M) {
     return ranvier::spike_encoding_bytes(unpack<SpikeLayer>(layer).format, M);
   });
-  m.def("spike_encode_panels", [](const py::bytes& layer, Address x, std::int64_t stride, std::int64_t dtype, std::int64_t M,
-                                  Address encoding) {
-    const auto l = unpack<SpikeLayer>(layer);
-    Status status;
-    {
-      py::gil_scoped_release release;
-      status = ranvier::spike_encode_panels(l.format, at<std::uint8_t>(static_cast<Address>(l.mask)), at<void>(x), stride,
-                                            static_cast<DType>(dtype), M, at<void>(encoding));
-    }
-    raise_on(status, "spike_encode");
-  });
+  m.def("spike_encode_panels",
+        [](const py::bytes& layer, Address x, std::int64_t stride, std::int64_t dtype, std::int64_t M, Address encoding) {
+          const auto l = unpack<SpikeLayer>(layer);
+          Status status;
+          {
+            py::gil_scoped_release release;
+            status = ranvier::spike_encode_panels(l.format, at<std::uint8_t>(static_cast<Address>(l.mask)), at<void>(x), stride,
+                                                  static_cast<DType>(dtype), M, at<void>(encoding));
+          }
+          raise_on(status, "spike_encode");
+        });
   m.def("spike_linear_panels", [](const py::bytes& layer, Address encoding, std::int64_t M, Address y, std::int64_t dtype) {
     const auto l = unpack<SpikeLayer>(layer);
     Status status;

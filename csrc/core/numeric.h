@@ -67,8 +67,7 @@ namespace {
   if (dtype == DType::float32) {
     static_cast<float*>(base)[index] = value;
   } else {
-    static_cast<std::uint16_t*>(base)[index] =
-        dtype == DType::bfloat16 ? float_to_bf16(value) : float_to_half(value);
+    static_cast<std::uint16_t*>(base)[index] = dtype == DType::bfloat16 ? float_to_bf16(value) : float_to_half(value);
   }
 }
 

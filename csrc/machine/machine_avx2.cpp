@@ -13,8 +13,8 @@ extern "C" std::int64_t machine_dot_avx2(std::int64_t iterations) {
   RANVIER_CHAINS(RANVIER_ZERO)
   for (std::int64_t k = 0; k < iterations; ++k) {
     // The empty asm keeps the products inside the loop.
-#define RANVIER_DOT(i)                                             \
-  __asm__ volatile("" : "+x"(u));                                  \
+#define RANVIER_DOT(i)            \
+  __asm__ volatile("" : "+x"(u)); \
   a##i = _mm256_add_epi16(a##i, _mm256_maddubs_epi16(u, s));
     RANVIER_CHAINS(RANVIER_DOT)
   }

@@ -12,8 +12,8 @@ extern "C" std::int64_t machine_dot_avx512vnni(std::int64_t iterations) {
   RANVIER_CHAINS(RANVIER_ZERO)
   for (std::int64_t k = 0; k < iterations; ++k) {
     // The empty asm keeps the compiler from folding the loop into one multiplication.
-#define RANVIER_DOT(i)                     \
-  a##i = _mm512_dpbusd_epi32(a##i, u, s);  \
+#define RANVIER_DOT(i)                    \
+  a##i = _mm512_dpbusd_epi32(a##i, u, s); \
   __asm__ volatile("" : "+v"(a##i));
     RANVIER_CHAINS(RANVIER_DOT)
   }

@@ -12,20 +12,19 @@
 namespace ranvier {
 
 struct SpikeFormat {
-  std::int64_t K;          // channels
-  std::int64_t low;        // channels that are not salient
-  std::int64_t ranges;     // 1, or 2 when salient channels have a scale of their own
-  std::int64_t group;      // channels per code sum, a multiple of 4; 0: one sum per range
-  std::int64_t act_bits;   // 8: symmetric
-  std::int64_t steps;      // T
-  std::int64_t separate;   // salient channels take a symmetric 8-bit range of their own
-  std::int64_t compat;     // raw unsigned codes and the released quantizer's range
+  std::int64_t K;         // channels
+  std::int64_t low;       // channels that are not salient
+  std::int64_t ranges;    // 1, or 2 when salient channels have a scale of their own
+  std::int64_t group;     // channels per code sum, a multiple of 4; 0: one sum per range
+  std::int64_t act_bits;  // 8: symmetric
+  std::int64_t steps;     // T
+  std::int64_t separate;  // salient channels take a symmetric 8-bit range of their own
+  std::int64_t compat;    // raw unsigned codes and the released quantizer's range
 
   RANVIER_INLINE std::int64_t range_length(std::int64_t r) const { return ranges == 1 ? K : (r == 0 ? low : K - low); }
-  RANVIER_INLINE std::int64_t groups(std::int64_t r) const {
-    return group == 0 ? 1 : (range_length(r) + group - 1) / group;
-  }
+  RANVIER_INLINE std::int64_t groups(std::int64_t r) const { return group == 0 ? 1 : (range_length(r) + group - 1) / group; }
   RANVIER_INLINE std::int64_t group_count() const { return groups(0) + (ranges == 2 ? groups(1) : 0); }
+  RANVIER_INLINE bool grouped() const { return group_count() > ranges; }
   // Four channels share one 32-bit lane of a dot product; a range's last block is filled up with zero codes.
   RANVIER_INLINE std::int64_t blocks(std::int64_t r) const { return (range_length(r) + 3) / 4; }
   RANVIER_INLINE std::int64_t block_count() const { return blocks(0) + (ranges == 2 ? blocks(1) : 0); }
@@ -48,12 +47,12 @@ struct SpikeFormat {
 struct SpikeRow {
   const void* x;
   DType dtype;
-  const std::uint8_t* mask;       // [K], non-zero where salient; nullptr: nowhere
-  std::int8_t* codes;             // [K]
-  std::int64_t salient_offset;    // where the second range's codes start
-  float* scale;                   // [ranges]
-  std::int32_t* sums;             // [groups]
-  std::int32_t* zero;             // [ranges]; written for compat only, may be nullptr otherwise
+  const std::uint8_t* mask;     // [K], non-zero where salient; nullptr: nowhere
+  std::int8_t* codes;           // [K]
+  std::int64_t salient_offset;  // where the second range's codes start
+  float* scale;                 // [ranges]
+  std::int32_t* sums;           // [groups]
+  std::int32_t* zero;           // [ranges]; written for compat only, may be nullptr otherwise
 };
 
 using SpikeEncodeRow = void (*)(const SpikeFormat&, const SpikeRow&);

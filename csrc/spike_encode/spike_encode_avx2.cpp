@@ -77,11 +77,9 @@ TokenExtremes extremes(const SpikeFormat& f, const SpikeRow& row) {
 }
 
 __m256i quantize(__m256 x, const Quantizer& low, const Quantizer& salient, __m256 pick) {
-  const auto choose = [pick](float a, float b) {
-    return _mm256_blendv_ps(_mm256_set1_ps(a), _mm256_set1_ps(b), pick);
-  };
-  const __m256 rounded = _mm256_round_ps(_mm256_div_ps(x, choose(low.step, salient.step)),
-                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const auto choose = [pick](float a, float b) { return _mm256_blendv_ps(_mm256_set1_ps(a), _mm256_set1_ps(b), pick); };
+  const __m256 rounded =
+      _mm256_round_ps(_mm256_div_ps(x, choose(low.step, salient.step)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m256 u = _mm256_add_ps(rounded, choose(low.zero, salient.zero));
   u = _mm256_max_ps(u, choose(low.floor, salient.floor));
   u = _mm256_min_ps(u, choose(low.ceiling, salient.ceiling));
@@ -101,7 +99,8 @@ void encode(const SpikeFormat& f, const SpikeRow& row, const TokenQuantizers& q)
     const std::int64_t count = f.K - k < kLanes ? f.K - k : kLanes;
     const __m256 pick = salient_lanes(row.mask, k, f.K);
     alignas(16) std::int8_t bytes[16];
-    _mm_store_si128(reinterpret_cast<__m128i*>(bytes), to_bytes(quantize(load(row.x, k, f.K, row.dtype), q.low, q.salient, pick)));
+    _mm_store_si128(reinterpret_cast<__m128i*>(bytes),
+                    to_bytes(quantize(load(row.x, k, f.K, row.dtype), q.low, q.salient, pick)));
     if (f.ranges == 1) {
       std::memcpy(row.codes + k, bytes, static_cast<std::size_t>(count));
       continue;
@@ -134,9 +133,8 @@ extern "C" void spike_encode_row_avx2(const SpikeFormat& f, const SpikeRow& row)
   const TokenQuantizers q = token_quantizers(f, e);
   encode(f, row, q);
   write_token(f, row, q);
-  for_each_group(f, row, [&](const std::int8_t* codes, std::int64_t count, std::int64_t index) {
-    row.sums[index] = sum(codes, count);
-  });
+  for_each_group(
+      f, row, [&](const std::int8_t* codes, std::int64_t count, std::int64_t index) { row.sums[index] = sum(codes, count); });
 }
 
 }  // namespace ranvier

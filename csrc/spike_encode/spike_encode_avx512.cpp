@@ -65,8 +65,8 @@ Lanes broadcast(const Quantizer& q) {
 
 __m512i quantize(__m512 x, const Lanes& low, const Lanes& salient, __mmask16 pick) {
   const auto choose = [pick](__m512 a, __m512 b) { return _mm512_mask_blend_ps(pick, a, b); };
-  const __m512 rounded = _mm512_roundscale_ps(_mm512_div_ps(x, choose(low.step, salient.step)),
-                                              _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 rounded =
+      _mm512_roundscale_ps(_mm512_div_ps(x, choose(low.step, salient.step)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 u = _mm512_add_ps(rounded, choose(low.zero, salient.zero));
   u = _mm512_max_ps(u, choose(low.floor, salient.floor));
   u = _mm512_min_ps(u, choose(low.ceiling, salient.ceiling));
@@ -118,9 +118,8 @@ void encode_row(const SpikeFormat& f, const SpikeRow& row) {
   const TokenQuantizers q = token_quantizers(f, e);
   encode<D>(f, row, q);
   write_token(f, row, q);
-  for_each_group(f, row, [&](const std::int8_t* codes, std::int64_t count, std::int64_t index) {
-    row.sums[index] = sum(codes, count);
-  });
+  for_each_group(
+      f, row, [&](const std::int8_t* codes, std::int64_t count, std::int64_t index) { row.sums[index] = sum(codes, count); });
 }
 
 }  // namespace

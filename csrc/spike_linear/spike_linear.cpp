@@ -59,7 +59,8 @@ SpikeProduct product(const SpikeLayer& layer, std::int64_t M, const Encoding& e,
 
 Status run(const SpikeProduct& p) {
   if (p.M == 0 || p.N == 0) return Status::ok;
-  if (p.weight == nullptr || p.weight_scale == nullptr || p.weight_zero == nullptr || p.y == nullptr) return Status::null_pointer;
+  if (p.weight == nullptr || p.weight_scale == nullptr || p.weight_zero == nullptr || p.y == nullptr)
+    return Status::null_pointer;
   if (p.format.compat && p.weight_sum == nullptr) return Status::null_pointer;
   const SpikeLinearBlock kernel = spike_linear_block();
   const std::int64_t blocks = (p.N + kOutputBlock - 1) / kOutputBlock, tiles = p.tiles();
@@ -93,14 +94,15 @@ void interleave(const std::int8_t* rows, std::int64_t count, std::int64_t blocks
 template <class Write>
 Status fill_panels(const SpikeFormat& f, std::int64_t M, std::int8_t* panels, const Write& write) {
   SpikeProduct shape{};
-  shape.M = M;
+  shape.format = f, shape.M = M;
   const std::int64_t row_bytes = 4 * f.block_count();
   std::atomic<bool> failed{false};
   parallel_tasks(shape.tiles(), M * f.K < kSerialChannels, [&](std::int64_t t) {
     const std::int64_t begin = shape.tile_begin(t), count = shape.tile_begin(t + 1) - begin;
     std::int8_t* panel = panels + begin * row_bytes;
     static thread_local Scratch scratch;
-    std::int8_t* rows = count == 1 ? panel : static_cast<std::int8_t*>(scratch.reserve(static_cast<std::size_t>(count * row_bytes)));
+    std::int8_t* rows =
+        count == 1 ? panel : static_cast<std::int8_t*>(scratch.reserve(static_cast<std::size_t>(count * row_bytes)));
     if (rows == nullptr) {
       failed = true;
       return;

@@ -12,7 +12,9 @@
 
 namespace ranvier {
 
-constexpr std::int64_t kOutputBlock = 32, kBlockBytes = 64, kTileRows = 12;
+constexpr std::int64_t kOutputBlock = 32, kBlockBytes = 64;
+// The most tokens of a tile, with one weight group a range and with many: what the registers of AVX-512 hold.
+constexpr std::int64_t kTileRows = 12, kGroupedTileRows = 8;
 
 // A layer as its owner describes it: int64 fields only, so that the caller can pack it in one go.
 struct SpikeLayer {
@@ -32,19 +34,22 @@ struct SpikeProduct {
   SpikeFormat format;
   std::int64_t M, N;
   const std::int8_t* panels;
-  const float* scale;              // [M, ranges]
-  const std::int32_t* sums;        // [M, groups]
-  const std::int32_t* zero;        // [M, ranges] or nullptr
+  const float* scale;        // [M, ranges]
+  const std::int32_t* sums;  // [M, groups]
+  const std::int32_t* zero;  // [M, ranges] or nullptr
   const std::uint8_t* weight;
   const float* weight_scale;
   const std::uint8_t* weight_zero;
   const std::int32_t* weight_sum;
   const void* bias;
   DType bias_dtype;
-  void* y;                         // [M, N]
+  void* y;  // [M, N]
   DType y_dtype;
 
-  RANVIER_INLINE std::int64_t tiles() const { return (M + kTileRows - 1) / kTileRows; }
+  RANVIER_INLINE std::int64_t tiles() const {
+    const std::int64_t rows = format.grouped() ? kGroupedTileRows : kTileRows;
+    return (M + rows - 1) / rows;
+  }
   // Tiles differ by one row at most: no size of M leaves a narrow, inefficient tile behind.
   RANVIER_INLINE std::int64_t tile_begin(std::int64_t t) const { return t * M / tiles(); }
 };
@@ -69,8 +74,8 @@ Status spike_linear(const SpikeLayer&, const std::int8_t* codes, const float* sc
 
 // An encoding that several layers read: one buffer with scales, sums, zeros and panels.
 std::int64_t spike_encoding_bytes(const SpikeFormat&, std::int64_t M);
-Status spike_encode_panels(const SpikeFormat&, const std::uint8_t* mask, const void* x, std::int64_t x_stride,
-                           DType dtype, std::int64_t M, void* encoding);
+Status spike_encode_panels(const SpikeFormat&, const std::uint8_t* mask, const void* x, std::int64_t x_stride, DType dtype,
+                           std::int64_t M, void* encoding);
 Status spike_linear_panels(const SpikeLayer&, const void* encoding, std::int64_t M, void* y, DType y_dtype);
 // Both in one call, the encoding in memory of the calling thread.
 Status spike_linear_dynamic(const SpikeLayer&, const void* x, std::int64_t x_stride, DType dtype, std::int64_t M, void* y,

@@ -26,23 +26,23 @@ void dot(const std::uint8_t* weight, const std::int8_t* codes, std::int64_t stri
       const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + k * kBlockBytes));
       _mm_prefetch(reinterpret_cast<const char*>(weight + k * kBlockBytes + 16 * kBlockBytes), _MM_HINT_T0);
       const __m256i low = _mm256_and_si256(packed, nibble), high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
-#define RANVIER_DOT(i)                                                                    \
-  if constexpr (R > i) {                                                                  \
-    std::int32_t four;                                                                    \
-    std::memcpy(&four, codes + k * stride + 4 * i, 4);                                    \
-    const __m256i c = _mm256_set1_epi32(four);                                            \
-    a##i = _mm256_add_epi16(a##i, _mm256_maddubs_epi16(low, c));                          \
-    b##i = _mm256_add_epi16(b##i, _mm256_maddubs_epi16(high, c));                         \
+#define RANVIER_DOT(i)                                            \
+  if constexpr (R > i) {                                          \
+    std::int32_t four;                                            \
+    std::memcpy(&four, codes + k * stride + 4 * i, 4);            \
+    const __m256i c = _mm256_set1_epi32(four);                    \
+    a##i = _mm256_add_epi16(a##i, _mm256_maddubs_epi16(low, c));  \
+    b##i = _mm256_add_epi16(b##i, _mm256_maddubs_epi16(high, c)); \
   }
       RANVIER_ROWS(RANVIER_DOT)
 #undef RANVIER_DOT
     }
-#define RANVIER_WIDEN(i)                                                                  \
-  if constexpr (R > i) {                                                                  \
-    __m256i* low = reinterpret_cast<__m256i*>(acc[i]);                                    \
-    __m256i* high = reinterpret_cast<__m256i*>(acc[i] + 16);                              \
-    _mm256_store_si256(low, _mm256_add_epi32(_mm256_load_si256(low), _mm256_madd_epi16(a##i, ones)));    \
-    _mm256_store_si256(high, _mm256_add_epi32(_mm256_load_si256(high), _mm256_madd_epi16(b##i, ones)));  \
+#define RANVIER_WIDEN(i)                                                                                \
+  if constexpr (R > i) {                                                                                \
+    __m256i* low = reinterpret_cast<__m256i*>(acc[i]);                                                  \
+    __m256i* high = reinterpret_cast<__m256i*>(acc[i] + 16);                                            \
+    _mm256_store_si256(low, _mm256_add_epi32(_mm256_load_si256(low), _mm256_madd_epi16(a##i, ones)));   \
+    _mm256_store_si256(high, _mm256_add_epi32(_mm256_load_si256(high), _mm256_madd_epi16(b##i, ones))); \
   }
     RANVIER_ROWS(RANVIER_WIDEN)
 #undef RANVIER_WIDEN
@@ -84,33 +84,32 @@ void accumulate(const std::uint8_t* weight, const std::int8_t* codes, std::int64
   } else {
     for (int half = 0; half < 2; ++half) {
       dot<R>(weight + 32 * half, codes, stride, blocks, window,
-             reinterpret_cast<std::int32_t(*)[kOutputBlock]>(acc[0] + 8 * half));
+             reinterpret_cast<std::int32_t (*)[kOutputBlock]>(acc[0] + 8 * half));
     }
   }
 }
 
-// One token's group: t, the range's sum so far, grows by s_w * v; after its last group y grows by s_x * t.
-void finish(const SpikeProduct& p, std::int64_t m, const WeightGroup& g, std::int64_t table, const std::int32_t* acc, float* t,
-            float* y) {
-  const std::int64_t at = m * p.format.ranges + g.range;
-  const __m256i sum = _mm256_set1_epi32(p.sums[m * p.format.group_count() + g.index]);
-  const __m256 scale = _mm256_set1_ps(p.scale[at]);
+// t += s_w (acc - z_x S), one token's outputs of one group.
+void add_group(const SpikeProduct& p, std::int64_t at, std::int32_t code_sum, std::int64_t table, const std::int32_t* acc,
+               float* t) {
+  const __m256i sum = _mm256_set1_epi32(code_sum);
   for (int j = 0; j < kOutputBlock; j += 8) {
     const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p.weight_zero + table + j)));
-    const __m256i whole = _mm256_sub_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(acc + j)),
-                                           _mm256_mullo_epi32(zero, sum));
+    const __m256i whole =
+        _mm256_sub_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(acc + j)), _mm256_mullo_epi32(zero, sum));
     __m256 v = _mm256_cvtepi32_ps(whole);
     if (p.zero != nullptr) {
       const __m256i weight_sum = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.weight_sum + table + j));
       v = _mm256_fnmadd_ps(_mm256_set1_ps(static_cast<float>(p.zero[at])), _mm256_cvtepi32_ps(weight_sum), v);
     }
-    const __m256 before = g.first ? _mm256_setzero_ps() : _mm256_load_ps(t + j);
-    const __m256 after = _mm256_fmadd_ps(_mm256_loadu_ps(p.weight_scale + table + j), v, before);
-    if (g.last) {
-      _mm256_store_ps(y + j, _mm256_fmadd_ps(scale, after, _mm256_load_ps(y + j)));
-    } else {
-      _mm256_store_ps(t + j, after);
-    }
+    _mm256_store_ps(t + j, _mm256_fmadd_ps(_mm256_loadu_ps(p.weight_scale + table + j), v, _mm256_load_ps(t + j)));
+  }
+}
+
+// y += s_x t
+void add_range(float scale, const float* t, float* y) {
+  for (int j = 0; j < kOutputBlock; j += 8) {
+    _mm256_store_ps(y + j, _mm256_fmadd_ps(_mm256_set1_ps(scale), _mm256_load_ps(t + j), _mm256_load_ps(y + j)));
   }
 }
 
@@ -133,18 +132,23 @@ template <int R>
 void rows(const SpikeProduct& p, std::int64_t block, std::int64_t m, const std::int8_t* codes, std::int64_t stride) {
   const SpikeFormat& f = p.format;
   const std::int64_t n = block * kOutputBlock, width = p.N - n < kOutputBlock ? p.N - n : kOutputBlock;
-  alignas(32) float t[R][kOutputBlock], y[R][kOutputBlock];
+  alignas(32) float y[R][kOutputBlock];
   for (std::int64_t j = 0; j < kOutputBlock; ++j) {
     y[0][j] = p.bias != nullptr && j < width ? load_float(p.bias, n + j, p.bias_dtype) : 0.0f;
   }
   for (int i = 1; i < R; ++i) std::memcpy(y[i], y[0], sizeof(y[0]));
-  for_each_weight_group(f, [&](const WeightGroup& g) {
-    alignas(32) std::int32_t acc[R][kOutputBlock] = {};
-    const std::int64_t window = 32767 / (30 * f.code_bound(g.range));
-    accumulate<R>(p.weight + (block * f.block_count() + g.begin) * kBlockBytes, codes + g.begin * stride, stride,
-                  g.end - g.begin, window, acc);
-    const std::int64_t table = (block * f.group_count() + g.index) * kOutputBlock;
-    for (int i = 0; i < R; ++i) finish(p, m + i, g, table, acc[i], t[i], y[i]);
+  const std::int64_t groups = f.group_count();
+  for_each_range(f, [&](const WeightRange& w) {
+    alignas(32) float t[R][kOutputBlock] = {};
+    const std::int64_t window = 32767 / (30 * f.code_bound(w.range)), at = m * f.ranges + w.range;
+    for_each_group(w, [&](std::int64_t g, std::int64_t begin, std::int64_t end) {
+      alignas(32) std::int32_t acc[R][kOutputBlock] = {};
+      accumulate<R>(p.weight + (block * f.block_count() + begin) * kBlockBytes, codes + begin * stride, stride, end - begin,
+                    window, acc);
+      const std::int64_t table = (block * groups + g) * kOutputBlock;
+      for (int i = 0; i < R; ++i) add_group(p, at + i * f.ranges, p.sums[(m + i) * groups + g], table, acc[i], t[i]);
+    });
+    for (int i = 0; i < R; ++i) add_range(p.scale[at + i * f.ranges], t[i], y[i]);
   });
   for (int i = 0; i < R; ++i) store(p, m + i, n, width, y[i]);
 }

@@ -1,7 +1,7 @@
 // spike_linear, AVX-512 VNNI. One tile = up to 12 tokens x 32 outputs, 24 accumulators in registers; a 64-byte block of
-// nibbles (4 channels x 32 outputs) is loaded and split once (3 operations) and meets every token by a broadcast of its 4 codes.
-// Bytes: N K / 2 + M K + M N * size. Operations: one vpdpbusd per token, 4 channels and 16 outputs, its issue rate the bound for
-// M > 4; below, the read bandwidth is. The accumulators have names because GCC 12 spills arrays of them.
+// nibbles (4 channels x 32 outputs) is loaded and split once (3 operations) and meets every token by a broadcast of its 4
+// codes. Bytes: N K / 2 + M K + M N * size. Operations: one vpdpbusd per token, 4 channels and 16 outputs, its issue rate the
+// bound for M > 4; below, the read bandwidth is. The accumulators have names because GCC 12 spills arrays of them.
 #include <immintrin.h>
 
 #include "spike_linear/spike_linear_groups.h"
@@ -9,9 +9,8 @@
 namespace ranvier {
 namespace {
 
-constexpr std::int64_t kPrefetch = 16 * kBlockBytes;
-
-#define RANVIER_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
+#define RANVIER_GROUP_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define RANVIER_ROWS(X) RANVIER_GROUP_ROWS(X) X(8) X(9) X(10) X(11)
 
 RANVIER_INLINE std::int32_t load32(const void* from) {
   std::int32_t value;
@@ -28,31 +27,43 @@ struct Nibbles {
   __m512i low, high;
 };
 
+// Near: the prefetch that suits weights in L2, or one token, which asks for memory fast enough by itself. Far: where a few
+// tokens make every block take longer, the lines are wanted in L2 well before they are wanted in L1.
+template <bool Near>
 RANVIER_INLINE Nibbles unpack(const std::uint8_t* weight) {
   const __m512i packed = _mm512_loadu_si512(weight), mask = _mm512_set1_epi8(15);
-  _mm_prefetch(reinterpret_cast<const char*>(weight + kPrefetch), _MM_HINT_T0);
+  const char* from = reinterpret_cast<const char*>(weight);
+  if constexpr (Near) {
+    _mm_prefetch(from + 16 * kBlockBytes, _MM_HINT_T0);
+  } else {
+    _mm_prefetch(from + 64 * kBlockBytes, _MM_HINT_T1);
+  }
   return {_mm512_and_si512(packed, mask), _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask)};
 }
 
-// What the 32 outputs of a block bring along for one group.
-struct GroupTable {
-  __m512i minus_zero_low, minus_zero_high;
-  __m512 scale_low, scale_high, sum_low, sum_high;
+// What the 32 outputs of a block bring along for one group: outputs 0-15 are low, 16-31 high.
+struct MinusZeros {
+  __m512i low, high;
 };
 
-RANVIER_INLINE GroupTable load_table(const SpikeProduct& p, std::int64_t table) {
-  GroupTable t;
+RANVIER_INLINE MinusZeros load_minus_zeros(const SpikeProduct& p, std::int64_t table) {
   const __m128i* zero = reinterpret_cast<const __m128i*>(p.weight_zero + table);
-  t.minus_zero_low = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_cvtepu8_epi32(_mm_loadu_si128(zero)));
-  t.minus_zero_high = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_cvtepu8_epi32(_mm_loadu_si128(zero + 1)));
-  t.scale_low = _mm512_loadu_ps(p.weight_scale + table);
-  t.scale_high = _mm512_loadu_ps(p.weight_scale + table + 16);
-  t.sum_low = t.sum_high = _mm512_setzero_ps();
+  return {_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_cvtepu8_epi32(_mm_loadu_si128(zero))),
+          _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_cvtepu8_epi32(_mm_loadu_si128(zero + 1)))};
+}
+
+struct Scales {
+  __m512 low, high, sum_low, sum_high;
+};
+
+RANVIER_INLINE Scales load_scales(const SpikeProduct& p, std::int64_t table) {
+  const __m512 none = _mm512_setzero_ps();
+  Scales s{_mm512_loadu_ps(p.weight_scale + table), _mm512_loadu_ps(p.weight_scale + table + 16), none, none};
   if (p.zero != nullptr) {
-    t.sum_low = _mm512_cvtepi32_ps(_mm512_loadu_si512(p.weight_sum + table));
-    t.sum_high = _mm512_cvtepi32_ps(_mm512_loadu_si512(p.weight_sum + table + 16));
+    s.sum_low = _mm512_cvtepi32_ps(_mm512_loadu_si512(p.weight_sum + table));
+    s.sum_high = _mm512_cvtepi32_ps(_mm512_loadu_si512(p.weight_sum + table + 16));
   }
-  return t;
+  return s;
 }
 
 // acc - z_x * S: what the weight scale multiplies.
@@ -66,7 +77,7 @@ RANVIER_INLINE void dot_one(const std::uint8_t* weight, const std::int8_t* codes
   __m512i a1 = _mm512_setzero_si512(), b1 = _mm512_setzero_si512();
   std::int64_t k = 0;
   for (; k + 2 <= blocks; k += 2) {
-    const Nibbles even = unpack(weight + k * kBlockBytes), odd = unpack(weight + (k + 1) * kBlockBytes);
+    const Nibbles even = unpack<true>(weight + k * kBlockBytes), odd = unpack<true>(weight + (k + 1) * kBlockBytes);
     const __m512i c0 = _mm512_set1_epi32(load32(codes + 4 * k)), c1 = _mm512_set1_epi32(load32(codes + 4 * k + 4));
     dot(a, even.low, c0);
     dot(b, even.high, c0);
@@ -74,7 +85,7 @@ RANVIER_INLINE void dot_one(const std::uint8_t* weight, const std::int8_t* codes
     dot(b1, odd.high, c1);
   }
   if (k < blocks) {
-    const Nibbles last = unpack(weight + k * kBlockBytes);
+    const Nibbles last = unpack<true>(weight + k * kBlockBytes);
     const __m512i c = _mm512_set1_epi32(load32(codes + 4 * k));
     dot(a, last.low, c);
     dot(b, last.high, c);
@@ -83,65 +94,36 @@ RANVIER_INLINE void dot_one(const std::uint8_t* weight, const std::int8_t* codes
   b = _mm512_add_epi32(b, b1);
 }
 
-// One group of a tile. t, the range's sum so far, grows by s_w * v; after its last group y grows by s_x * t. All levels
-// round alike: this order and these fused operations are fixed.
-template <int R>
-RANVIER_INLINE void group(const SpikeProduct& p, std::int64_t block, std::int64_t m, const std::int8_t* panel,
-                          const WeightGroup& g, float (*t)[kOutputBlock], float (*y)[kOutputBlock]) {
-  const std::int64_t groups = p.format.group_count();
-  const GroupTable table = load_table(p, (block * groups + g.index) * kOutputBlock);
-  const std::uint8_t* weight = p.weight + (block * p.format.block_count() + g.begin) * kBlockBytes;
-  const std::int8_t* codes = panel + g.begin * 4 * R;
-#define RANVIER_START(i)                                               \
-  __m512i a##i{}, b##i{};                                              \
-  if constexpr (R > i) {                                               \
-    const __m512i sum = _mm512_set1_epi32(p.sums[(m + i) * groups + g.index]); \
-    a##i = _mm512_mullo_epi32(sum, table.minus_zero_low);              \
-    b##i = _mm512_mullo_epi32(sum, table.minus_zero_high);             \
+// The integer sums of R tokens over blocks [begin, end), which share the tables of group `index`: a##i and b##i start at
+// -z_w sum(c) and end as sum c (q - z_w). The scales are loaded once the registers of the loop are free.
+#define RANVIER_START(i)                                                     \
+  __m512i a##i{}, b##i{};                                                    \
+  if constexpr (R > i) {                                                     \
+    const __m512i sum = _mm512_set1_epi32(p.sums[(m + i) * groups + index]); \
+    a##i = _mm512_mullo_epi32(sum, minus_zeros.low);                         \
+    b##i = _mm512_mullo_epi32(sum, minus_zeros.high);                        \
   }
-  RANVIER_ROWS(RANVIER_START)
-#undef RANVIER_START
-  if constexpr (R == 1) {
-    dot_one(weight, codes, g.end - g.begin, a0, b0);
-  } else {
-    for (std::int64_t k = g.begin; k < g.end; ++k, weight += kBlockBytes, codes += 4 * R) {
-      const Nibbles w = unpack(weight);
 #define RANVIER_DOT(i)                                          \
   if constexpr (R > i) {                                        \
     const __m512i c = _mm512_set1_epi32(load32(codes + 4 * i)); \
-    dot(a##i, w.low, c);                                        \
-    dot(b##i, w.high, c);                                       \
+    dot(a##i, q.low, c);                                        \
+    dot(b##i, q.high, c);                                       \
   }
-      RANVIER_ROWS(RANVIER_DOT)
-#undef RANVIER_DOT
-    }
-  }
-  // A range's first group finds no sum: its lanes are masked to zero.
-  const __mmask16 have = g.first ? __mmask16{0} : static_cast<__mmask16>(0xffff);
-  const std::int64_t first = m * p.format.ranges + g.range, step = p.format.ranges;
-#define RANVIER_SUM(i, acc, half, from) \
-  _mm512_fmadd_ps(table.scale_##half, product_of(p, first + i * step, acc, table.sum_##half), _mm512_maskz_load_ps(have, from))
-#define RANVIER_ADD(i)                                                    \
-  if constexpr (R > i) {                                                  \
-    _mm512_store_ps(t[i], RANVIER_SUM(i, a##i, low, t[i]));               \
-    _mm512_store_ps(t[i] + 16, RANVIER_SUM(i, b##i, high, t[i] + 16));    \
-  }
-#define RANVIER_FINISH(i)                                                                                    \
-  if constexpr (R > i) {                                                                                     \
-    const __m512 scale = _mm512_set1_ps(p.scale[first + i * step]);                                          \
-    const __m512 low = RANVIER_SUM(i, a##i, low, t[i]), high = RANVIER_SUM(i, b##i, high, t[i] + 16);        \
-    _mm512_store_ps(y[i], _mm512_fmadd_ps(scale, low, _mm512_load_ps(y[i])));                                \
-    _mm512_store_ps(y[i] + 16, _mm512_fmadd_ps(scale, high, _mm512_load_ps(y[i] + 16)));                     \
-  }
-  if (g.last) {
-    RANVIER_ROWS(RANVIER_FINISH)
-  } else {
-    RANVIER_ROWS(RANVIER_ADD)
-  }
-#undef RANVIER_SUM
-#undef RANVIER_ADD
-#undef RANVIER_FINISH
-}
+#define RANVIER_DOTS(ROWS)                                                                        \
+  const std::int64_t table = (block * groups + index) * kOutputBlock;                             \
+  const MinusZeros minus_zeros = load_minus_zeros(p, table);                                      \
+  const std::uint8_t* weight = p.weight + (block * p.format.block_count() + begin) * kBlockBytes; \
+  const std::int8_t* codes = panel + begin * 4 * R;                                               \
+  ROWS(RANVIER_START)                                                                             \
+  if constexpr (R == 1) {                                                                         \
+    dot_one(weight, codes, end - begin, a0, b0);                                                  \
+  } else {                                                                                        \
+    for (std::int64_t k = begin; k < end; ++k, weight += kBlockBytes, codes += 4 * R) {           \
+      const Nibbles q = unpack<(R > 8)>(weight);                                                  \
+      ROWS(RANVIER_DOT)                                                                           \
+    }                                                                                             \
+  }                                                                                               \
+  const Scales scales = load_scales(p, table);
 
 __mmask16 lanes_of(std::int64_t count) {
   return count >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1u);
@@ -168,42 +150,102 @@ void store(const SpikeProduct& p, std::int64_t at, __mmask16 lanes, __m512 v) {
   if (p.y_dtype == DType::float32) {
     _mm512_mask_storeu_ps(static_cast<float*>(p.y) + at, lanes, v);
   } else {
-    const __m256i half = p.y_dtype == DType::bfloat16
-                             ? to_bf16(v)
-                             : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i half =
+        p.y_dtype == DType::bfloat16 ? to_bf16(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(p.y) + at, lanes, half);
   }
 }
 
-template <int R>
-void tile(const SpikeProduct& p, std::int64_t block, std::int64_t m) {
-  const std::int64_t n = block * kOutputBlock;
-  const __mmask16 lanes[2] = {lanes_of(p.N - n), lanes_of(p.N - n - 16)};
-  alignas(64) float t[R][kOutputBlock], y[R][kOutputBlock];
+using Outputs = float (*)[kOutputBlock];
+
+void load_bias(const SpikeProduct& p, std::int64_t n, std::int64_t rows, Outputs y) {
   for (int half = 0; half < 2; ++half) {
-    const __m512 bias = load_bias(p, n + 16 * half, lanes[half]);
-    for (int i = 0; i < R; ++i) _mm512_store_ps(y[i] + 16 * half, bias);
-  }
-  const std::int8_t* panel = p.panels + m * 4 * p.format.block_count();
-  for_each_weight_group(p.format, [&](const WeightGroup& g) { group<R>(p, block, m, panel, g, t, y); });
-  for (int i = 0; i < R; ++i) {
-    const std::int64_t at = (m + i) * p.N + n;
-    store(p, at, lanes[0], _mm512_load_ps(y[i]));
-    if (lanes[1]) store(p, at + 16, lanes[1], _mm512_load_ps(y[i] + 16));
+    const __m512 bias = load_bias(p, n + 16 * half, lanes_of(p.N - n - 16 * half));
+    for (std::int64_t i = 0; i < rows; ++i) _mm512_store_ps(y[i] + 16 * half, bias);
   }
 }
 
-using Tile = void (*)(const SpikeProduct&, std::int64_t, std::int64_t);
-constexpr Tile kTiles[kTileRows] = {tile<1>, tile<2>, tile<3>, tile<4>,  tile<5>,  tile<6>,
-                                    tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>};
+void store(const SpikeProduct& p, std::int64_t m, std::int64_t n, std::int64_t rows, Outputs y) {
+  const __mmask16 low = lanes_of(p.N - n), high = lanes_of(p.N - n - 16);
+  for (std::int64_t i = 0; i < rows; ++i) {
+    const std::int64_t at = (m + i) * p.N + n;
+    store(p, at, low, _mm512_load_ps(y[i]));
+    if (high) store(p, at + 16, high, _mm512_load_ps(y[i] + 16));
+  }
+}
+
+// Tokens [m, m + R) and a range that is one group: y += s_x (s_w v).
+template <int R>
+void add_range(const SpikeProduct& p, std::int64_t block, std::int64_t m, const std::int8_t* panel, const WeightRange& w,
+               Outputs y) {
+  const std::int64_t groups = p.format.group_count(), ranges = p.format.ranges;
+  const std::int64_t index = w.index, begin = w.begin, end = w.end;
+  RANVIER_DOTS(RANVIER_ROWS)
+#define RANVIER_FINISH(i)                                                                     \
+  if constexpr (R > i) {                                                                      \
+    const std::int64_t at = (m + i) * ranges + w.range;                                       \
+    const __m512 scale = _mm512_set1_ps(p.scale[at]);                                         \
+    const __m512 low = _mm512_mul_ps(scales.low, product_of(p, at, a##i, scales.sum_low));    \
+    const __m512 high = _mm512_mul_ps(scales.high, product_of(p, at, b##i, scales.sum_high)); \
+    _mm512_store_ps(y[i], _mm512_fmadd_ps(scale, low, _mm512_load_ps(y[i])));                 \
+    _mm512_store_ps(y[i] + 16, _mm512_fmadd_ps(scale, high, _mm512_load_ps(y[i] + 16)));      \
+  }
+  RANVIER_ROWS(RANVIER_FINISH)
+#undef RANVIER_FINISH
+}
+
+// The same for a range of many groups: its float sums s##i and t##i grow by s_w v for each group, then y += s_x times them.
+// They stay in registers beside the integer sums (a few are spilled round the dot products of a group, not inside), so fewer
+// tokens fit; with more, two stores a group and token would cost more than the group's arithmetic.
+template <int R>
+void add_groups(const SpikeProduct& p, std::int64_t block, std::int64_t m, const std::int8_t* panel, const WeightRange& w,
+                Outputs y) {
+  const std::int64_t groups = p.format.group_count(), ranges = p.format.ranges;
+#define RANVIER_SUMS(i) __m512 s##i = _mm512_setzero_ps(), t##i = _mm512_setzero_ps();
+  RANVIER_GROUP_ROWS(RANVIER_SUMS)
+#undef RANVIER_SUMS
+  std::int64_t index = w.index;
+  for (std::int64_t begin = w.begin; begin < w.end; begin += w.step, ++index) {
+    const std::int64_t end = begin + w.step < w.end ? begin + w.step : w.end;
+    RANVIER_DOTS(RANVIER_GROUP_ROWS)
+#define RANVIER_ADD(i)                                                                   \
+  if constexpr (R > i) {                                                                 \
+    const std::int64_t at = (m + i) * ranges + w.range;                                  \
+    s##i = _mm512_fmadd_ps(scales.low, product_of(p, at, a##i, scales.sum_low), s##i);   \
+    t##i = _mm512_fmadd_ps(scales.high, product_of(p, at, b##i, scales.sum_high), t##i); \
+  }
+    RANVIER_GROUP_ROWS(RANVIER_ADD)
+#undef RANVIER_ADD
+  }
+#define RANVIER_FINISH(i)                                                                \
+  if constexpr (R > i) {                                                                 \
+    const __m512 scale = _mm512_set1_ps(p.scale[(m + i) * ranges + w.range]);            \
+    _mm512_store_ps(y[i], _mm512_fmadd_ps(scale, s##i, _mm512_load_ps(y[i])));           \
+    _mm512_store_ps(y[i] + 16, _mm512_fmadd_ps(scale, t##i, _mm512_load_ps(y[i] + 16))); \
+  }
+  RANVIER_GROUP_ROWS(RANVIER_FINISH)
+#undef RANVIER_FINISH
+}
+
+using Add = void (*)(const SpikeProduct&, std::int64_t, std::int64_t, const std::int8_t*, const WeightRange&, Outputs);
+constexpr Add kAddRange[kTileRows] = {add_range<1>, add_range<2>, add_range<3>, add_range<4>,  add_range<5>,  add_range<6>,
+                                      add_range<7>, add_range<8>, add_range<9>, add_range<10>, add_range<11>, add_range<12>};
+constexpr Add kAddGroups[kGroupedTileRows] = {add_groups<1>, add_groups<2>, add_groups<3>, add_groups<4>,
+                                              add_groups<5>, add_groups<6>, add_groups<7>, add_groups<8>};
 
 }  // namespace
 
 extern "C" void spike_linear_block_avx512vnni(const SpikeProduct& p, std::int64_t block, std::int64_t first,
                                               std::int64_t last) {
+  const std::int64_t n = block * kOutputBlock;
   for (std::int64_t t = first; t < last; ++t) {
-    const std::int64_t begin = p.tile_begin(t);
-    kTiles[p.tile_begin(t + 1) - begin - 1](p, block, begin);
+    const std::int64_t m = p.tile_begin(t), rows = p.tile_begin(t + 1) - m;
+    const Add add = p.format.grouped() ? kAddGroups[rows - 1] : kAddRange[rows - 1];
+    const std::int8_t* panel = p.panels + m * 4 * p.format.block_count();
+    alignas(64) float y[kTileRows][kOutputBlock];
+    load_bias(p, n, rows, y);
+    for_each_range(p.format, [&](const WeightRange& w) { add(p, block, m, panel, w, y); });
+    store(p, m, n, rows, y);
   }
 }
 

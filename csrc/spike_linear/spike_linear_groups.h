@@ -1,4 +1,4 @@
-// Walking the groups of a product, shared by the kernels of every level (internal linkage, see core/numeric.h).
+// Walking the ranges and groups of a product, shared by the kernels of every level (internal linkage, see core/numeric.h).
 #pragma once
 
 #include "spike_linear/spike_linear.h"
@@ -6,23 +6,28 @@
 namespace ranvier {
 namespace {
 
-// Groups of channels that share a weight scale, in the order of the codes. Blocks [begin, end) lie in one range.
-struct WeightGroup {
-  std::int64_t range, index, begin, end;
-  bool first, last;  // of its range
+// One range of channels: blocks [begin, end), in groups of `step` blocks, the last one shorter. A group shares a weight scale.
+struct WeightRange {
+  std::int64_t range, begin, end, step;
+  std::int64_t index;  // of its first group
 };
 
-// fn(group)
+// fn(range), in the order of the codes
 template <class Fn>
-RANVIER_INLINE void for_each_weight_group(const SpikeFormat& f, const Fn& fn) {
-  std::int64_t index = 0, first = 0;
+RANVIER_INLINE void for_each_range(const SpikeFormat& f, const Fn& fn) {
+  std::int64_t begin = 0, index = 0;
   for (std::int64_t r = 0; r < f.ranges; ++r) {
-    const std::int64_t end = first + f.blocks(r), step = f.group == 0 ? f.blocks(r) : f.group / 4;
-    for (std::int64_t b = first; b < end; b += step, ++index) {
-      fn(WeightGroup{r, index, b, b + step < end ? b + step : end, b == first, b + step >= end});
-    }
-    first = end;
+    const std::int64_t end = begin + f.blocks(r);
+    fn(WeightRange{r, begin, end, f.group == 0 ? f.blocks(r) : f.group / 4, index});
+    begin = end, index += f.groups(r);
   }
+}
+
+// fn(index, first block, one past the last block) for every group
+template <class Fn>
+RANVIER_INLINE void for_each_group(const WeightRange& w, const Fn& fn) {
+  std::int64_t index = w.index;
+  for (std::int64_t b = w.begin; b < w.end; b += w.step, ++index) fn(index, b, b + w.step < w.end ? b + w.step : w.end);
 }
 
 }  // namespace

@@ -23,20 +23,22 @@ void token(const SpikeProduct& p, std::int64_t block, std::int64_t m, const std:
   for (std::int64_t n = 0; n < width; ++n) {
     y[n] = p.bias == nullptr ? 0.0f : load_float(p.bias, first + n, p.bias_dtype);
   }
-  float t[kOutputBlock] = {0};  // the range's sum
-  for_each_weight_group(f, [&](const WeightGroup& g) {
-    std::int32_t acc[kOutputBlock] = {0};
-    accumulate(p.weight + (block * f.block_count() + g.begin) * kBlockBytes, codes + g.begin * stride, stride, g.end - g.begin,
-               acc);
-    const std::int64_t table = (block * groups + g.index) * kOutputBlock, at = m * ranges + g.range;
-    for (std::int64_t n = 0; n < width; ++n) {
-      float v = static_cast<float>(acc[n] - p.weight_zero[table + n] * p.sums[m * groups + g.index]);
-      if (p.zero != nullptr) {
-        v = __builtin_fmaf(-static_cast<float>(p.zero[at]), static_cast<float>(p.weight_sum[table + n]), v);
+  for_each_range(f, [&](const WeightRange& w) {
+    const std::int64_t at = m * ranges + w.range;
+    float t[kOutputBlock] = {0};
+    for_each_group(w, [&](std::int64_t g, std::int64_t begin, std::int64_t end) {
+      std::int32_t acc[kOutputBlock] = {0};
+      accumulate(p.weight + (block * f.block_count() + begin) * kBlockBytes, codes + begin * stride, stride, end - begin, acc);
+      const std::int64_t table = (block * groups + g) * kOutputBlock;
+      for (std::int64_t n = 0; n < width; ++n) {
+        float v = static_cast<float>(acc[n] - p.weight_zero[table + n] * p.sums[m * groups + g]);
+        if (p.zero != nullptr) {
+          v = __builtin_fmaf(-static_cast<float>(p.zero[at]), static_cast<float>(p.weight_sum[table + n]), v);
+        }
+        t[n] = __builtin_fmaf(p.weight_scale[table + n], v, t[n]);
       }
-      t[n] = __builtin_fmaf(p.weight_scale[table + n], v, g.first ? 0.0f : t[n]);
-      if (g.last) y[n] = __builtin_fmaf(p.scale[at], t[n], y[n]);
-    }
+    });
+    for (std::int64_t n = 0; n < width; ++n) y[n] = __builtin_fmaf(p.scale[at], t[n], y[n]);
   });
   for (std::int64_t n = 0; n < width; ++n) store_float(p.y, m * p.N + first + n, p.y_dtype, y[n]);
 }

@@ -141,16 +141,28 @@ def writes_memory(i: Instruction) -> bool:
     return not reads_only and re.search(r"\([^()]*\)(\{[^}]*\})*$", i.operands) is not None
 
 
-def test_hot_loop_keeps_24_accumulators_in_registers(core: Path) -> None:
-    """The VNNI loop of 12 tokens x 32 outputs: 24 dot products into 24 registers, no spill, no reload."""
+def dot_loops(core: Path) -> list[list[Instruction]]:
     functions = disassemble(core / "spike_linear/spike_linear_avx512vnni.cpp.o")
-    hot = max((loop for body in functions.values() for loop in loops(body)), key=lambda x: sum("vpdpbusd" in i for i in x))
+    found = [loop for body in functions.values() for loop in loops(body)]
+    return [loop for loop in found if sum("vpdpbusd" in i for i in loop) >= 4]
+
+
+def test_dot_loops_spill_nothing(core: Path) -> None:
+    """In no loop of dot products, of one token or of many, does an accumulator or anything else go through the stack."""
+    found = dot_loops(core)
+    assert len(found) >= 12 + 8
+    for loop in found:
+        assert not [i for i in loop if writes_memory(i)]
+        assert not [i for i in loop if "zmm" in i.operands and re.search(r"\(%r[sb]p", i.operands)]
+
+
+def test_hot_loop_keeps_24_accumulators_in_registers(core: Path) -> None:
+    """The loop of 12 tokens x 32 outputs: 24 dot products into 24 registers, and little else."""
+    hot = max(dot_loops(core), key=lambda loop: sum("vpdpbusd" in i for i in loop))
     hot_dots = [i for i in hot if i.mnemonic == "vpdpbusd"]
     accumulators = {i.operands.split(",")[-1] for i in hot_dots}
     assert len(hot_dots) == len(accumulators) == 24 and all(re.fullmatch(r"%zmm\d+", a) for a in accumulators)
-    assert not [i for i in hot if writes_memory(i)]
-    assert not [i for i in hot if "zmm" in i.operands and re.search(r"\(%r[sb]p", i.operands)]
-    # The weights are loaded and split once, each token's codes are broadcast once, and little else happens.
+    # The weights are loaded and split once, each token's codes are broadcast once.
     assert len(hot) <= 24 + 12 + 10
 
 

@@ -384,6 +384,6 @@ def test_unspike_is_to_linear_everywhere(dtype: torch.dtype) -> None:
 def test_unspike_refuses_a_single_layer() -> None:
     """A model that is itself one spiking layer cannot be replaced in place: it is refused, not silently kept."""
     layer = SpikingLinear.from_linear(nn.Linear(8, 4))
-    with pytest.raises(ValueError, match="itself one SpikingLinear.*use to_linear"):
+    with pytest.raises(ValueError, match=r"itself one SpikingLinear.*use to_linear"):
         ranvier.unspike_(layer)
     assert isinstance(layer, SpikingLinear) and layer.to_linear().weight.shape == (4, 8)

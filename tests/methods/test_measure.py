@@ -145,7 +145,7 @@ def test_layer_raster_is_what_reaches_the_layer(fields: dict) -> None:
     spikes = spike_events(layer, read_by(model, ids)[name], "unary", execute=False).u.spikes
     assert counts.dtype == torch.int32 and (counts.shape[0], counts.shape[2]) == (11, 64)
     assert torch.equal(counts.abs().sum((1, 2)).long(), spikes)
-    assert int(counts.abs().max()) <= 2 ** layer.config.act_bits - 1
+    assert int(counts.abs().max()) <= 2**layer.config.act_bits - 1
     if layer.config.span == "shared" and layer.config.grid == "consistent":
         assert counts.shape[1] == layer.config.steps
         assert not counts[:, 1:, ~layer.salient_mask].any()  # one step off the salient channels

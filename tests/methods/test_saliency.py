@@ -335,7 +335,7 @@ class Products(TorchDispatchMode):
         super().__init__()
         self.shapes: list[tuple] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: PLW3201
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.mm.default:
             self.shapes.append((tuple(args[0].shape), tuple(args[1].shape)))
         return func(*args, **(kwargs or {}))
