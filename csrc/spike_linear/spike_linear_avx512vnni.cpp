@@ -27,8 +27,8 @@ struct Nibbles {
   __m512i low, high;
 };
 
-// Near: the prefetch that suits weights in L2, or one token, which asks for memory fast enough by itself. Far: where a few
-// tokens make every block take longer, the lines are wanted in L2 well before they are wanted in L1.
+// Near suits weights that lie in L2, and one token, which asks for memory fast enough by itself. With a few tokens a block
+// takes longer, and its line is wanted in L2 well before it is in L1.
 template <bool Near>
 RANVIER_INLINE Nibbles unpack(const std::uint8_t* weight) {
   const __m512i packed = _mm512_loadu_si512(weight), mask = _mm512_set1_epi8(15);
@@ -37,6 +37,7 @@ RANVIER_INLINE Nibbles unpack(const std::uint8_t* weight) {
     _mm_prefetch(from + 16 * kBlockBytes, _MM_HINT_T0);
   } else {
     _mm_prefetch(from + 64 * kBlockBytes, _MM_HINT_T1);
+    _mm_prefetch(from + 8 * kBlockBytes, _MM_HINT_T0);
   }
   return {_mm512_and_si512(packed, mask), _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask)};
 }
