@@ -289,7 +289,7 @@ class Run:
 
     @classmethod
     def start(cls, mode: str) -> Run:
-        changed = _git("status", "--porcelain", "--untracked-files=no")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!benchmarks/results")
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         return cls(
             torch.get_num_threads(), _C.isa(), _C.cpu_features()["brand"], _git("rev-parse", "--short=12", "HEAD"),
