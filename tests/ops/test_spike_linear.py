@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -334,7 +336,7 @@ X, N = torch.zeros(2, 16), 5
 
 
 def change(form: SpikeFormat, **values: object) -> SpikeFormat:
-    return SpikeFormat(**{**form.__dict__, **values})
+    return dataclasses.replace(form, **values)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -40,59 +41,75 @@ class SpikeFormat:
     grid: str
     group_size: int = 0
 
-    @property
-    def lengths(self) -> list[int]:
-        """Channels of each range: [K], or [K - K_s, K_s] when salient channels have a scale of their own."""
-        two = reference.has_two_ranges(
-            self.salient_count, self.channels, act_bits=self.act_bits, steps=self.steps, span=self.span, grid=self.grid
-        )
-        return [self.channels - self.salient_count, self.salient_count] if two else [self.channels]
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Channels of each range: (K,), or (K - K_s, K_s) when salient channels have a scale of their own."""
+        two = reference.has_two_ranges(self.salient_count, self.channels, **self.rule)
+        return (self.channels - self.salient_count, self.salient_count) if two else (self.channels,)
 
-    @property
-    def groups(self) -> list[int]:
+    @cached_property
+    def groups(self) -> tuple[int, ...]:
         """Groups of each range."""
-        return [-(-length // self.group_size) if self.group_size else 1 for length in self.lengths]
+        return tuple(-(-length // self.group_size) if self.group_size else 1 for length in self.lengths)
 
-    @property
-    def blocks(self) -> list[int]:
+    @cached_property
+    def blocks(self) -> tuple[int, ...]:
         """Blocks of four channels of each range, the last one filled up."""
-        return [-(-length // 4) for length in self.lengths]
+        return tuple(-(-length // 4) for length in self.lengths)
 
     @property
     def rule(self) -> dict:
         """The keyword arguments of the reference."""
         return {"act_bits": self.act_bits, "steps": self.steps, "span": self.span, "grid": self.grid}
 
-    def fields(self) -> tuple[int, ...]:
-        """The fields of csrc SpikeFormat, in its order."""
+    @cached_property
+    def packed(self) -> bytes:
+        """csrc SpikeFormat: int64 fields in its order."""
         low = self.channels - self.salient_count
         flags = (int(self.span == "separate"), int(self.grid == "compat"))
-        return (self.channels, low, len(self.lengths), self.group_size, self.act_bits, self.steps, *flags)
+        fields = (self.channels, low, len(self.lengths), self.group_size, self.act_bits, self.steps, *flags)
+        return struct.pack("8q", *fields)
+
+    @cached_property
+    def _fault(self) -> str | None:
+        if not 0 < self.channels <= MAX_CHANNELS:
+            return f"K is {self.channels}; allowed are 1 to {MAX_CHANNELS} channels"
+        if not 0 <= self.salient_count <= self.channels:
+            return f"salient_count is {self.salient_count}; it must be from 0 to K = {self.channels}"
+        if not 1 <= self.act_bits <= 8 or self.steps < 1:
+            return f"act_bits={self.act_bits}, steps={self.steps}; allowed are 1 to 8 bits and at least 1 step"
+        if self.span not in SPANS or self.grid not in GRIDS:
+            return f"span={self.span!r}, grid={self.grid!r}; allowed are {SPANS} and {GRIDS}"
+        if self.group_size < 0 or self.group_size % 4:
+            return f"group_size is {self.group_size}; allowed are 0 (none) and multiples of 4"
+        if self.grid == "compat" and self.act_bits == 8:
+            return "grid='compat' keeps raw codes in int8; act_bits=8 does not fit, use 7 or less"
+        top = self.steps * (2**self.act_bits - 1) if self.grid == "consistent" else (self.steps << self.act_bits) - 1
+        if self.span == "shared" and self.act_bits < 8 and top > 127:
+            return f"codes reach {top} with act_bits={self.act_bits}, steps={self.steps}; int8 ends at 127"
+        return None
 
     def check(self, op: str) -> None:
         """Raises ValueError for a format no kernel can run."""
-        if not 0 < self.channels <= MAX_CHANNELS:
-            raise ValueError(f"{op}: K is {self.channels}; allowed are 1 to {MAX_CHANNELS} channels")
-        if not 0 <= self.salient_count <= self.channels:
-            raise ValueError(f"{op}: salient_count is {self.salient_count}; it must be from 0 to K = {self.channels}")
-        if not 1 <= self.act_bits <= 8 or self.steps < 1:
-            raise ValueError(f"{op}: act_bits={self.act_bits}, steps={self.steps}; allowed are 1 to 8 bits and at least 1 step")
-        if self.span not in SPANS or self.grid not in GRIDS:
-            raise ValueError(f"{op}: span={self.span!r}, grid={self.grid!r}; allowed are {SPANS} and {GRIDS}")
-        if self.group_size < 0 or self.group_size % 4:
-            raise ValueError(f"{op}: group_size is {self.group_size}; allowed are 0 (none) and multiples of 4")
-        if self.grid == "compat" and self.act_bits == 8:
-            raise ValueError(f"{op}: grid='compat' keeps raw codes in int8; act_bits=8 does not fit, use 7 or less")
-        top = self.steps * (2**self.act_bits - 1) if self.grid == "consistent" else (self.steps << self.act_bits) - 1
-        if self.span == "shared" and self.act_bits < 8 and top > 127:
-            raise ValueError(f"{op}: codes reach {top} with act_bits={self.act_bits}, steps={self.steps}; int8 ends at 127")
+        if self._fault is not None:
+            raise ValueError(f"{op}: {self._fault}")
+
+
+_known_format = lru_cache(maxsize=4096)(SpikeFormat)
+
+
+def format_of(channels: int, salient_count: int, *rule) -> SpikeFormat:
+    """The format of these values, remembered with all that follows from it; not where K is a compiler's symbol."""
+    return (
+        _known_format(channels, salient_count, *rule) if type(channels) is int else SpikeFormat(channels, salient_count, *rule)
+    )
 
 
 def check(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> None:
     check_float("spike_encode", "x", x)
     if x.ndim == 0:
         raise ValueError("spike_encode: x has no dimensions; its last one must hold the channels")
-    SpikeFormat(x.shape[-1], salient_count, *rest).check("spike_encode")
+    format_of(x.shape[-1], salient_count, *rest).check("spike_encode")
     check_device("spike_encode", x.device, salient_mask=salient_mask)
     if salient_mask is None:
         if salient_count:
@@ -113,22 +130,22 @@ def _outputs(x: Tensor, form: SpikeFormat) -> SpikeCodes:
 
 
 def fake(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> SpikeCodes:
-    return _outputs(x, SpikeFormat(x.shape[-1], salient_count, *rest))
+    return _outputs(x, format_of(x.shape[-1], salient_count, *rest))
 
 
 def cpu(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> SpikeCodes:
-    form = SpikeFormat(x.shape[-1], salient_count, *rest)
+    form = format_of(x.shape[-1], salient_count, *rest)
     out, x = _outputs(x, form), x.contiguous()
     mask = salient_mask.contiguous() if salient_mask is not None else None
     _C.spike_encode(
-        struct.pack("8q", *form.fields()), pointer(mask), x.data_ptr(), x.shape[-1], DTYPES[x.dtype],
+        form.packed, pointer(mask), x.data_ptr(), x.shape[-1], DTYPES[x.dtype],
         x.numel() // x.shape[-1], *(pointer(t) for t in out),
     )  # fmt: skip
     return out
 
 
 def reference_encode(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> SpikeCodes:
-    form = SpikeFormat(x.shape[-1], salient_count, *rest)
+    form = format_of(x.shape[-1], salient_count, *rest)
     mask = salient_mask if salient_mask is not None else torch.zeros(form.channels, dtype=torch.bool, device=x.device)
     return reference.spike_encode(x, mask, **form.rule, group_size=form.group_size or None)
 

@@ -9,6 +9,7 @@ straight-through one: dx = dy W^, db = sum dy. Formulas: :mod:`ranvier.reference
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from ranvier import _C
 from ranvier.ops._args import DTYPES, check_channels, check_device, check_float, check_tensor, pointer
 from ranvier.ops._declare import declare
-from ranvier.ops.spike_encode import SpikeFormat, reference_encode
+from ranvier.ops.spike_encode import SpikeFormat, format_of, reference_encode
 from ranvier.reference import spike_linear as reference
 from ranvier.reference.spike_encode import SpikeCodes, channel_order
 
@@ -52,7 +53,7 @@ def _by_output(table: Tensor, out_features: int) -> Tensor:
     return table.transpose(1, 2).reshape(-1, table.shape[1])[:out_features]
 
 
-def pack_codes(q: Tensor, lengths: list[int]) -> Tensor:
+def pack_codes(q: Tensor, lengths: Sequence[int]) -> Tensor:
     """q uint8 [N, K] with codes 0..15 -> uint8 [N/32, B, 64].
 
     Byte 4 i + j of a block holds channel j of its four for output i (low nibble) and output 16 + i (high nibble).
@@ -64,7 +65,7 @@ def pack_codes(q: Tensor, lengths: list[int]) -> Tensor:
     return (halves[0] | (halves[1] << 4)).reshape(-1, q.shape[1] // 4, 64).contiguous()
 
 
-def unpack_codes(packed: Tensor, lengths: list[int], out_features: int) -> Tensor:
+def unpack_codes(packed: Tensor, lengths: Sequence[int], out_features: int) -> Tensor:
     """The inverse of :func:`pack_codes`."""
     blocks = packed.shape[1]
     halves = torch.stack([packed & 15, packed >> 4]).view(2, -1, blocks, OUTPUT_BLOCK // 2, 4)
@@ -106,7 +107,7 @@ def layer_description(weight: PackedWeight, mask: Tensor | None, bias: Tensor | 
     mask_address = pointer(mask) if form.salient_count else 0
     bias_dtype = DTYPES[bias.dtype] if bias is not None else 0
     tables = (pointer(weight.packed), pointer(weight.scale), pointer(weight.zero), pointer(weight.sum))
-    return struct.pack("16q", *form.fields(), out, mask_address, *tables, pointer(bias), bias_dtype)
+    return form.packed + struct.pack("8q", out, mask_address, *tables, pointer(bias), bias_dtype)
 
 
 def check_layer(
@@ -136,7 +137,7 @@ def check_layer(
 
 def _split(args: tuple, channels: int) -> tuple[PackedWeight, Tensor | None, Tensor | None, SpikeFormat, int]:
     packed, scale, zero, total, mask, bias, out, count, *rule = args
-    return PackedWeight(packed, scale, zero, total), mask, bias, SpikeFormat(channels, count, *rule), out
+    return PackedWeight(packed, scale, zero, total), mask, bias, format_of(channels, count, *rule), out
 
 
 def _contiguous(weight: PackedWeight) -> PackedWeight:
@@ -243,7 +244,7 @@ def backward(ctx, grad: Tensor) -> tuple:
     out, count, *rule = ctx.options
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        form = SpikeFormat(ctx.channels, count, *rule)
+        form = format_of(ctx.channels, count, *rule)
         grad_x = grad @ unpack_weight(PackedWeight(packed, scale, zero, total), mask, form, out).to(grad.dtype)
     if ctx.has_bias and ctx.needs_input_grad[6]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)

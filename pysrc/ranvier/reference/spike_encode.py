@@ -18,6 +18,7 @@ fake quantizer for `compat`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -111,7 +112,7 @@ def channel_order(salient: Tensor) -> Tensor:
     return torch.argsort(salient.to(torch.uint8), stable=True)
 
 
-def group_sums(codes: Tensor, lengths: list[int], group_size: int | None) -> Tensor:
+def group_sums(codes: Tensor, lengths: Sequence[int], group_size: int | None) -> Tensor:
     """Sums of codes over the groups of each range: int32 [..., G]."""
     sums = []
     for part in codes.to(torch.int32).split(lengths, -1):

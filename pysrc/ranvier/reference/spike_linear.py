@@ -10,6 +10,8 @@ integers: sum_t (s_t W^T) = (sum_t s_t) W^T.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from ranvier.reference.spike_encode import SpikeCodes
 WEIGHT_TOP = 15
 
 
-def quantize_weight(weight: Tensor, lengths: list[int], group_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_weight(weight: Tensor, lengths: Sequence[int], group_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Round to nearest on an asymmetric 4-bit grid that includes zero: q uint8 [N, K], scale [N, G], zero uint8 [N, G].
 
     s = (max(0, max w) - min(0, min w)) / 15, z = round(-min / s), q = clip(round(w / s) + z, 0, 15), over groups of
@@ -40,7 +42,7 @@ def quantize_weight(weight: Tensor, lengths: list[int], group_size: int | None) 
     return torch.cat(codes, -1).to(torch.uint8), torch.cat(scales, -1), torch.cat(zeros, -1).to(torch.uint8)
 
 
-def group_index(lengths: list[int], group_size: int | None, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def group_index(lengths: Sequence[int], group_size: int | None, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """For every channel its group [K], and for every group its range [G]."""
     groups, ranges = [], []
     for r, length in enumerate(lengths):
@@ -69,7 +71,7 @@ def spike_linear(
     weight_scale: Tensor,
     weight_zero: Tensor,
     bias: Tensor | None,
-    lengths: list[int],
+    lengths: Sequence[int],
     group_size: int | None,
 ) -> Tensor:
     """The formula above in float64: codes [..., K], q [N, K], weight_scale and weight_zero [N, G] -> [..., N]."""
