@@ -12,6 +12,9 @@ constexpr int kRows = 4;
 
 #define RANVIER_ROWS(X) X(0) X(1) X(2) X(3)
 
+// Written as asm because GCC 12 copies, and then spills, the accumulators around the intrinsic.
+RANVIER_INLINE void add(__m256i& acc, __m256i pairs) { __asm__("vpaddw %1, %0, %0" : "+x"(acc) : "x"(pairs)); }
+
 // acc[i][0..7] and [16..23] (half 0) or [8..15] and [24..31] (half 1) += c * q over the blocks
 template <int R>
 void dot(const std::uint8_t* weight, const std::int8_t* codes, std::int64_t stride, std::int64_t blocks, std::int64_t window,
@@ -26,13 +29,13 @@ void dot(const std::uint8_t* weight, const std::int8_t* codes, std::int64_t stri
       const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + k * kBlockBytes));
       _mm_prefetch(reinterpret_cast<const char*>(weight + k * kBlockBytes + 16 * kBlockBytes), _MM_HINT_T0);
       const __m256i low = _mm256_and_si256(packed, nibble), high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
-#define RANVIER_DOT(i)                                            \
-  if constexpr (R > i) {                                          \
-    std::int32_t four;                                            \
-    std::memcpy(&four, codes + k * stride + 4 * i, 4);            \
-    const __m256i c = _mm256_set1_epi32(four);                    \
-    a##i = _mm256_add_epi16(a##i, _mm256_maddubs_epi16(low, c));  \
-    b##i = _mm256_add_epi16(b##i, _mm256_maddubs_epi16(high, c)); \
+#define RANVIER_DOT(i)                                 \
+  if constexpr (R > i) {                               \
+    std::int32_t four;                                 \
+    std::memcpy(&four, codes + k * stride + 4 * i, 4); \
+    const __m256i c = _mm256_set1_epi32(four);         \
+    add(a##i, _mm256_maddubs_epi16(low, c));           \
+    add(b##i, _mm256_maddubs_epi16(high, c));          \
   }
       RANVIER_ROWS(RANVIER_DOT)
 #undef RANVIER_DOT

@@ -141,24 +141,28 @@ def writes_memory(i: Instruction) -> bool:
     return not reads_only and re.search(r"\([^()]*\)(\{[^}]*\})*$", i.operands) is not None
 
 
-def dot_loops(core: Path) -> list[list[Instruction]]:
-    functions = disassemble(core / "spike_linear/spike_linear_avx512vnni.cpp.o")
+DOTS = {"avx512vnni": "vpdpbusd", "avx2": "vpmaddubsw"}
+
+
+def dot_loops(core: Path, level: str) -> list[list[Instruction]]:
+    functions = disassemble(core / f"spike_linear/spike_linear_{level}.cpp.o")
     found = [loop for body in functions.values() for loop in loops(body)]
-    return [loop for loop in found if sum("vpdpbusd" in i for i in loop) >= 4]
+    return [loop for loop in found if sum(i.mnemonic == DOTS[level] for i in loop) >= 4]
 
 
-def test_dot_loops_spill_nothing(core: Path) -> None:
+@pytest.mark.parametrize(("level", "count"), [("avx512vnni", 12 + 8), ("avx2", 4)])
+def test_dot_loops_spill_nothing(core: Path, level: str, count: int) -> None:
     """In no loop of dot products, of one token or of many, does an accumulator or anything else go through the stack."""
-    found = dot_loops(core)
-    assert len(found) >= 12 + 8
+    found = dot_loops(core, level)
+    assert len(found) >= count
     for loop in found:
         assert not [i for i in loop if writes_memory(i)]
-        assert not [i for i in loop if "zmm" in i.operands and re.search(r"\(%r[sb]p", i.operands)]
+        assert not [i for i in loop if re.search(r"[yz]mm", i.operands) and re.search(r"\(%r[sb]p", i.operands)]
 
 
 def test_hot_loop_keeps_24_accumulators_in_registers(core: Path) -> None:
     """The loop of 12 tokens x 32 outputs: 24 dot products into 24 registers, and little else."""
-    hot = max(dot_loops(core), key=lambda loop: sum("vpdpbusd" in i for i in loop))
+    hot = max(dot_loops(core, "avx512vnni"), key=lambda loop: sum("vpdpbusd" in i for i in loop))
     hot_dots = [i for i in hot if i.mnemonic == "vpdpbusd"]
     accumulators = {i.operands.split(",")[-1] for i in hot_dots}
     assert len(hot_dots) == len(accumulators) == 24 and all(re.fullmatch(r"%zmm\d+", a) for a in accumulators)
