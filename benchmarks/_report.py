@@ -11,7 +11,7 @@ from collections.abc import Callable
 COLUMNS = (
     "op", "level", "provider", "N", "K", "M", "dtype", "metric", "value", "unit", "p20", "p80", "ratio_to_ours",
     "gops", "gbs", "ns_per_token", "ms_per_call", "limit_fraction", "bound", "peak_gops", "read_gbs", "per_token_step",
-    "bytes", "copies", "rounds", "other_load", "zero_fraction", "spikes", "accumulates", "note",
+    "bytes", "copies", "rounds", "tries", "other_load", "zero_fraction", "spikes", "accumulates", "note",
     "threads", "isa", "cpu", "commit", "dirty", "torch", "ranvier",
     "python", "date", "mode", "command",
 )  # fmt: skip
