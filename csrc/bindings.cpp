@@ -25,6 +25,8 @@ void raise_on(Status status, const char* entry) {
     case Status::bad_shape: throw std::invalid_argument(std::string(entry) + ": the layer's description is not consistent");
     case Status::bad_dtype: throw std::invalid_argument(std::string(entry) + ": dtype not supported");
     case Status::null_pointer: throw std::invalid_argument(std::string(entry) + ": a tensor that this layer needs is missing");
+    case Status::bad_mask:
+      throw std::invalid_argument(std::string(entry) + ": salient_mask does not mark as many channels as salient_count says");
     case Status::out_of_memory: throw std::bad_alloc();
   }
 }

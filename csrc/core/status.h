@@ -9,6 +9,7 @@ enum class Status : int {
   bad_dtype = 2,
   null_pointer = 3,
   out_of_memory = 4,
+  bad_mask = 5,
 };
 
 }  // namespace ranvier

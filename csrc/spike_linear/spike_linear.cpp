@@ -42,6 +42,17 @@ Status check_format(const SpikeFormat& f) {
   return ok ? Status::ok : Status::bad_shape;
 }
 
+// The kernels place a token's codes by its mask: one that marks other than K - low channels would lead them out of the row.
+Status check_tokens(const SpikeFormat& f, const std::uint8_t* mask, const void* x, std::int64_t M) {
+  if (const Status s = check_format(f); s != Status::ok) return s;
+  if (M > 0 && x == nullptr) return Status::null_pointer;
+  if (f.ranges == 1) return Status::ok;
+  if (mask == nullptr) return Status::null_pointer;
+  std::int64_t marked = 0;
+  for (std::int64_t k = 0; k < f.K; ++k) marked += mask[k] != 0;
+  return marked == f.K - f.low ? Status::ok : Status::bad_mask;
+}
+
 SpikeProduct product(const SpikeLayer& layer, std::int64_t M, const Encoding& e, void* y, DType y_dtype) {
   SpikeProduct p{};
   p.format = layer.format;
@@ -133,7 +144,7 @@ SpikeLinearBlock spike_linear_block() {
 
 Status spike_encode(const SpikeFormat& f, const std::uint8_t* mask, const void* x, std::int64_t x_stride, DType dtype,
                     std::int64_t M, std::int8_t* codes, float* scale, std::int32_t* sums, std::int32_t* zero) {
-  if (const Status s = check_format(f); s != Status::ok) return s;
+  if (const Status s = check_tokens(f, mask, x, M); s != Status::ok) return s;
   const SpikeEncodeRow encode = spike_encode_row();
   const std::int64_t groups = f.group_count();
   parallel_tasks(M, M * f.K < kSerialChannels, [&](std::int64_t m) {
@@ -164,7 +175,7 @@ std::int64_t spike_encoding_bytes(const SpikeFormat& f, std::int64_t M) { return
 
 Status spike_encode_panels(const SpikeFormat& f, const std::uint8_t* mask, const void* x, std::int64_t x_stride, DType dtype,
                            std::int64_t M, void* encoding) {
-  if (const Status s = check_format(f); s != Status::ok) return s;
+  if (const Status s = check_tokens(f, mask, x, M); s != Status::ok) return s;
   const Encoding e = encoding_at(f, M, encoding);
   const SpikeEncodeRow encode = spike_encode_row();
   const std::int64_t groups = f.group_count();

@@ -4,7 +4,8 @@
 //
 // z_x and S[n, g] = sum_{k in g} (q - z_w) only exist for compat codes. Weights: [N/32][blocks][64 bytes]; byte 4 i + j of
 // a block holds channel j of the block's four channels for output i (low nibble) and output 16 + i (high nibble).
-// Codes: panels of up to 12 tokens, [blocks][tokens][4 bytes], so that one broadcast feeds 32 outputs.
+// Codes: panels of up to 12 tokens (8 where a range has many groups), [blocks][tokens][4 bytes], so that one broadcast feeds 32
+// outputs.
 #pragma once
 
 #include "core/status.h"

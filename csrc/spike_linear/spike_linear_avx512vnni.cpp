@@ -1,7 +1,8 @@
-// spike_linear, AVX-512 VNNI. One tile = up to 12 tokens x 32 outputs, 24 accumulators in registers; a 64-byte block of
-// nibbles (4 channels x 32 outputs) is loaded and split once (3 operations) and meets every token by a broadcast of its 4
-// codes. Bytes: N K / 2 + M K + M N * size. Operations: one vpdpbusd per token, 4 channels and 16 outputs, its issue rate the
-// bound for M > 4; below, the read bandwidth is. The accumulators have names because GCC 12 spills arrays of them.
+// spike_linear, AVX-512 VNNI. One tile = up to 12 tokens (8 with many weight groups) x 32 outputs, 24 accumulators in
+// registers; a 64-byte block of nibbles (4 channels x 32 outputs) is loaded and split once (3 operations) and meets every token
+// by a broadcast of its 4 codes. Bytes: N K / 2 + M K + M N * size. Operations: one vpdpbusd per token, 4 channels and 16
+// outputs, its issue rate the bound for M > 4; below, the read bandwidth is. The accumulators have names because GCC 12 spills
+// arrays of them.
 #include <immintrin.h>
 
 #include "spike_linear/spike_linear_groups.h"

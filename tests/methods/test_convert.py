@@ -148,6 +148,15 @@ def test_modes_and_gradient_flags_are_kept() -> None:
         assert biases == {name: flags[name] for name in biases} and len(biases) == 8 + 5
 
 
+def test_layers_whose_weight_their_owner_reads_are_left_alone() -> None:
+    """nn.TransformerEncoderLayer's fast path reads its linear layers' weights: they are skipped and it goes on working."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
+    report = ranvier.spike_(model, SpikeConfig(salient=0))
+    assert [a.name for a in report.layers] == ["0"] and {"1.linear1", "1.linear2"} <= set(report.skipped)
+    with torch.no_grad():
+        assert bool(model(torch.randn(2, 3, 16)).isfinite().all())
+
+
 # --- masks and groups -------------------------------------------------------------------------------------------------
 
 

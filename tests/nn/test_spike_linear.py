@@ -296,6 +296,20 @@ def test_is_called_as_nn_linear_is() -> None:
         assert same(spiking()(input=tokens()), spiking()(tokens()))
 
 
+def test_negated_view_and_overwritten_mask() -> None:
+    """A view whose sign is not in memory is read with it; a mask written over so that its count is wrong is refused."""
+    for config in CONFIGS[::3]:
+        layer = spiking(config)
+        with torch.no_grad():
+            assert same(layer(torch._neg_view(tokens())), layer(-tokens()))
+    layer = spiking(SpikeConfig(span="separate"))
+    with torch.no_grad():
+        layer(tokens())
+        layer.salient_mask.fill_(True)
+        with pytest.raises(ValueError, match="does not mark as many channels"):
+            layer(tokens())
+
+
 def test_repr_names_the_format() -> None:
     """What a layer is can be read off its print."""
     assert repr(spiking(CONFIGS[1])) == (

@@ -334,3 +334,14 @@ def test_what_is_no_dense_tensor_is_refused(grad: bool) -> None:
             for call in (layer, spike_encode, lambda x: layer(x.requires_grad_() if isinstance(x, Tensor) else x)):
                 with pytest.raises(TypeError, match=says):
                     call(x)
+
+
+def test_forward_mode_is_refused() -> None:
+    """There is no forward-mode formula: an error, not tangents of zero."""
+    run = call(MAIN_RULES[0])
+    with pytest.raises((ranvier.BackendError, RuntimeError), match="forward-mode"):
+        torch.func.jvp(run, (tokens(),), (torch.ones(M, K),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tokens(), torch.ones(M, K))
+        with pytest.raises(ranvier.BackendError, match="forward-mode"):
+            run(dual)

@@ -289,3 +289,30 @@ def test_bad_input(error: type, says: str, x: torch.Tensor, mask: torch.Tensor |
     """Each mistake has an error that says what came and what is allowed."""
     with pytest.raises(error, match=says):
         spike_encode(x, mask, **options)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 64])
+def test_mask_that_does_not_match_its_count_is_refused(isa: str, count: int) -> None:
+    """The codes of two ranges are placed by the mask: one with other than salient_count channels writes nothing."""
+    x, mask = torch.randn(3, 64), torch.arange(64) < 30
+    two = 0 < count < 64
+    if two:
+        with pytest.raises(ValueError, match="does not mark as many channels as salient_count says"):
+            spike_encode(x, mask, span="separate", salient_count=count)
+    assert spike_encode(x, mask, span="separate", salient_count=30).scale.shape == (3, 2)
+
+
+def test_a_wrong_number_spoils_no_later_call() -> None:
+    """4.0 is refused and is not remembered as 4."""
+    x = torch.randn(2, 61)
+    for wrong in ({"act_bits": 4.0}, {"group_size": 32.0}, {"steps": 2.0}, {"steps": 10**30, "span": "separate"}):
+        with pytest.raises(ValueError, match=r"whole number|1 to 127 steps"):
+            spike_encode(x, **wrong)
+    assert_same_codes(spike_encode(x), spike_encode(x, backend="reference"))
+    assert_same_codes(spike_encode(x, group_size=32), spike_encode(x, group_size=32, backend="reference"))
+
+
+def test_negated_view(isa: str) -> None:
+    """A view whose sign is not in memory is read with its sign."""
+    x = torch.randn(4, 33)
+    assert_same_codes(spike_encode(torch._neg_view(x)), spike_encode(-x))

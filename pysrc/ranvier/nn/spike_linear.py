@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ranvier import _C
 from ranvier.config import SpikeConfig
-from ranvier.ops._args import DTYPES, check_channels, check_is_tensor
+from ranvier.ops._args import DTYPES, check_channels, check_is_tensor, plain
 from ranvier.ops._declare import needs_dispatcher
 from ranvier.ops.spike_encode import SpikeFormat
 from ranvier.ops.spike_linear import (
@@ -181,9 +181,9 @@ class SpikingLinear(nn.Module):
         dtype, shape, channels = DTYPES.get(x.dtype), x.shape, self.in_features
         if dtype is None or not shape or shape[-1] != channels:
             self._refuse(x)
-        if not x.is_contiguous():
+        if not x.is_contiguous() or x.is_neg():
             check_is_tensor("SpikingLinear", "x", x)
-            x = x.contiguous()
+            x = plain(x)
         description = self._description()
         # Sizes one by one: unpacking a tuple costs a third of a microsecond, which a small layer feels.
         y = x.new_empty(shape[0], self.out_features) if len(shape) == 2 else x.new_empty(*shape[:-1], self.out_features)

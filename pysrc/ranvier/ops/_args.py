@@ -9,6 +9,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/core/nu
 MAX_CHANNELS = 1_000_000  # 127 * 15 * K stays within int32
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor as memory holds its values: contiguous, a negated view's sign carried out."""
+    return tensor.resolve_neg().contiguous()
+
+
 def pointer(tensor: Tensor | None) -> int:
     """The address for the compiled module, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -70,6 +70,7 @@ class Op:
         tensors, device = [a for a in args if isinstance(a, Tensor)], args[0].device
         own = backend is None or backend == default_backend(device)
         if own and (device.type == "meta" or needs_dispatcher(*tensors)):
+            self._refuse_tangents(tensors)
             return self.overload(*args)
         self.check(*args)
         run = choose(self.name, self.implementations, device, backend)
@@ -78,6 +79,13 @@ class Op:
                 f"{self.name}: backend {backend!r} has no gradient here; leave backend out, or call it under torch.no_grad()"
             )
         return run(*args)
+
+    def _refuse_tangents(self, tensors: list[Tensor]) -> None:
+        """Raises BackendError under forward-mode AD, where torch would take the op for a constant, with tangents of zero."""
+        if not self.differentiable or forward_ad._current_level < 0:
+            return
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise BackendError(f"{self.name}: there is no forward-mode derivative; use the backward one")
 
 
 def _autocast(op: Op, device: str) -> Callable:

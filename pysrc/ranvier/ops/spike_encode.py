@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ranvier import _C
 from ranvier.config import GRIDS, SPANS
-from ranvier.ops._args import DTYPES, MAX_CHANNELS, check_device, check_float, pointer
+from ranvier.ops._args import DTYPES, MAX_CHANNELS, check_device, check_float, plain, pointer
 from ranvier.ops._declare import declare
 from ranvier.reference import spike_encode as reference
 from ranvier.reference.spike_encode import SpikeCodes
@@ -72,12 +72,16 @@ class SpikeFormat:
 
     @cached_property
     def _fault(self) -> str | None:
+        for name in ("salient_count", "act_bits", "steps", "group_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+                return f"{name} is {value!r}; pass a whole number"
         if not 0 < self.channels <= MAX_CHANNELS:
             return f"K is {self.channels}; allowed are 1 to {MAX_CHANNELS} channels"
         if not 0 <= self.salient_count <= self.channels:
             return f"salient_count is {self.salient_count}; it must be from 0 to K = {self.channels}"
-        if not 1 <= self.act_bits <= 8 or self.steps < 1:
-            return f"act_bits={self.act_bits}, steps={self.steps}; allowed are 1 to 8 bits and at least 1 step"
+        if not (1 <= self.act_bits <= 8 and 1 <= self.steps <= 127):
+            return f"act_bits={self.act_bits}, steps={self.steps}; allowed are 1 to 8 bits and 1 to 127 steps"
         if self.span not in SPANS or self.grid not in GRIDS:
             return f"span={self.span!r}, grid={self.grid!r}; allowed are {SPANS} and {GRIDS}"
         if self.group_size < 0 or self.group_size % 4:
@@ -95,7 +99,7 @@ class SpikeFormat:
             raise ValueError(f"{op}: {self._fault}")
 
 
-_known_format = lru_cache(maxsize=4096)(SpikeFormat)
+_known_format = lru_cache(maxsize=4096, typed=True)(SpikeFormat)
 
 
 def format_of(channels: int, salient_count: int, *rule) -> SpikeFormat:
@@ -135,7 +139,7 @@ def fake(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> S
 
 def cpu(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> SpikeCodes:
     form = format_of(x.shape[-1], salient_count, *rest)
-    out, x = _outputs(x, form), x.contiguous()
+    out, x = _outputs(x, form), plain(x)
     mask = salient_mask.contiguous() if salient_mask is not None else None
     _C.spike_encode(
         form.packed, pointer(mask), x.data_ptr(), x.shape[-1], DTYPES[x.dtype],

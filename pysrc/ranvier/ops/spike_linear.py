@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ranvier import _C
-from ranvier.ops._args import DTYPES, check_channels, check_device, check_float, check_tensor, pointer
+from ranvier.ops._args import DTYPES, check_channels, check_device, check_float, check_tensor, plain, pointer
 from ranvier.ops._declare import declare
 from ranvier.ops.spike_encode import SpikeFormat, format_of, reference_encode
 from ranvier.reference import spike_linear as reference
@@ -213,7 +213,7 @@ def fake_dynamic(x: Tensor, *rest) -> Tensor:
 
 def cpu_dynamic(x: Tensor, *rest) -> Tensor:
     weight, mask, bias, form, out = _split(rest, x.shape[-1])
-    y, x = fake_dynamic(x, *rest), x.contiguous()
+    y, x = fake_dynamic(x, *rest), plain(x)
     weight, bias = _contiguous(weight), None if bias is None else bias.contiguous()
     mask = None if mask is None else mask.contiguous()
     description, dtype = layer_description(weight, mask, bias, form, out), DTYPES[x.dtype]

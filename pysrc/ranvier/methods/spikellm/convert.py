@@ -75,14 +75,17 @@ class SpikeReport:
 def find_linears(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, nn.Linear], list[str]]:
     """The ``nn.Linear`` layers of a model by name, and the names of those that ``skip`` leaves out.
 
-    A name in skip is one whole component of a dotted path. Subclasses of nn.Linear are left alone: their owners read the
-    weight itself (attention's out_proj, adapters). A layer found under two names counts once, under the first.
+    A name in skip is one whole component of a dotted path. Subclasses of nn.Linear are left alone, and so are the layers of
+    nn.TransformerEncoderLayer: their owners read the weight itself (attention's out_proj, adapters, the fast path). A layer
+    found under two names counts once, under the first.
     """
     left_out, found, skipped = set(skip), {}, []
+    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    owned = {id(linear) for encoder in encoders for linear in (encoder.linear1, encoder.linear2)}
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:
             continue
-        if left_out & set(name.split(".")):
+        if id(module) in owned or left_out & set(name.split(".")):
             skipped.append(name)
         else:
             found[name] = module
