@@ -176,7 +176,8 @@ void store(const SpikeProduct& p, std::int64_t m, std::int64_t n, std::int64_t r
   }
 }
 
-// Tokens [m, m + R) and a range that is one group: y += s_x (s_w v).
+// Tokens [m, m + R) and a range that is one group: y += s_x (s_w v). All levels round alike: the order of these operations, and
+// which of them are fused, is fixed.
 template <int R>
 void add_range(const SpikeProduct& p, std::int64_t block, std::int64_t m, const std::int8_t* panel, const WeightRange& w,
                Outputs y) {

@@ -291,14 +291,12 @@ def test_bad_input(error: type, says: str, x: torch.Tensor, mask: torch.Tensor |
         spike_encode(x, mask, **options)
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 64])
+@pytest.mark.parametrize("count", [1, 29, 31, 63])
 def test_mask_that_does_not_match_its_count_is_refused(isa: str, count: int) -> None:
     """The codes of two ranges are placed by the mask: one with other than salient_count channels writes nothing."""
     x, mask = torch.randn(3, 64), torch.arange(64) < 30
-    two = 0 < count < 64
-    if two:
-        with pytest.raises(ValueError, match="does not mark as many channels as salient_count says"):
-            spike_encode(x, mask, span="separate", salient_count=count)
+    with pytest.raises(ValueError, match="does not mark as many channels as salient_count says"):
+        spike_encode(x, mask, span="separate", salient_count=count)
     assert spike_encode(x, mask, span="separate", salient_count=30).scale.shape == (3, 2)
 
 
