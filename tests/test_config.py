@@ -17,12 +17,16 @@ from ranvier.nn import SpikingLinear
     ("field", "value"),
     [
         *[("weight_bits", v) for v in (3, 8, 4.5, "4", None, 4.0)],
-        *[("act_bits", v) for v in (0, 9, -1, 4.0, "4", True, None)],
+        *[("act_bits", v) for v in (0, 9, -1, 4.0, "4", True)],
         *[("steps", v) for v in (0, -2, 128, 2.0, True, None)],
         *[("salient", v) for v in (-0.1, 1.1, float("nan"), "0.1", True, None)],
         *[("span", v) for v in ("both", "", None, 1, "Shared")],
         *[("grid", v) for v in ("exact", None, 0)],
         *[("group_size", v) for v in (0, 16, 48, 64.5, "64", -32, True, 64.0)],
+        *[("pipeline", v) for v in ("awq", None, "GPTQ", 1)],
+        *[("rotate", v) for v in (1, 0, "yes", None)],
+        *[("act_clip", v) for v in (0, -0.5, 1.01, "1", True, None, float("nan"))],
+        *[("weight_grid", v) for v in ("ternary", "int", None)],
         *[("skip", v) for v in ("lm_head", (1,), None, ("lm_head", None))],
     ],
 )
@@ -42,6 +46,9 @@ def test_every_field_is_checked_by_name(field: str, value: object) -> None:
         ("steps", {"steps": 3, "grid": "compat"}),
         ("steps", {"act_bits": 5, "steps": 8, "grid": "compat"}),
         ("act_bits", {"act_bits": 8, "steps": 1, "grid": "compat"}),
+        ("steps", {"weight_bits": 2, "act_bits": 8, "steps": 6}),
+        ("steps", {"weight_bits": 2, "act_bits": 8, "steps": 8, "weight_grid": "ternary"}),
+        ("group_size", {"weight_bits": 2, "group_size": 64}),
     ],
 )
 def test_codes_have_to_fit(field: str, values: dict) -> None:
@@ -61,7 +68,42 @@ def test_defaults_are_the_papers_w4a4() -> None:
         "grid": "consistent",
         "group_size": None,
         "skip": ("lm_head",),
+        "pipeline": "rtn",
+        "rotate": False,
+        "act_clip": 1.0,
+        "weight_grid": "uniform",
+        "calibration": None,
     }
+
+
+def test_calibration_is_no_part_of_the_value() -> None:
+    """Two configs that differ in calibration are equal, and it is not written out."""
+    config = SpikeConfig(calibration="text.txt")
+    assert config == SpikeConfig() and hash(config) == hash(SpikeConfig())
+    assert "calibration" not in config.to_dict() and config.calibration == "text.txt"
+    with pytest.raises(ValueError, match="does not know calibration"):
+        SpikeConfig.from_dict({"calibration": "text.txt"})
+
+
+@pytest.mark.parametrize(
+    ("values", "spikes", "code_steps", "share", "needs"),
+    [
+        ({}, "activations", 2, 0.1, True),
+        ({"salient": 0.0}, "activations", 2, 0.0, False),
+        ({"salient": 0.0, "pipeline": "gptq"}, "activations", 2, 0.0, True),
+        ({"span": "separate"}, "activations", 1, 0.1, True),
+        ({"act_bits": None}, "activations", 1, 0.0, False),
+        ({"act_bits": None, "pipeline": "omniquant"}, "activations", 1, 0.0, True),
+        ({"weight_bits": 2, "act_bits": 8}, "weights", 1, 0.1, True),
+        ({"weight_bits": 2, "act_bits": None, "weight_grid": "ternary", "steps": 7}, "weights", 1, 0.1, True),
+        ({"weight_bits": 2, "act_bits": 8, "salient": 0}, "weights", 1, 0.0, False),
+    ],
+)
+def test_what_spikes_and_what_it_needs(values: dict, spikes: str, code_steps: int, share: float, needs: bool) -> None:
+    """Extra steps are the activations' with 4-bit weights and the weights' with 2; only what is measured needs data."""
+    config = SpikeConfig(**values)
+    got = (config.spikes, config.code_steps, config.salient_share, config.needs_calibration)
+    assert got == (spikes, code_steps, share, needs)
 
 
 def test_round_trip_through_json() -> None:

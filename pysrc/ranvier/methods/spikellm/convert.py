@@ -211,6 +211,10 @@ def spike_(model: nn.Module, config: SpikeConfig | None = None, calibration: Ite
     SpikeLLM, arXiv 2407.04752.
     """
     config = config or SpikeConfig()
+    if config.pipeline != "rtn" or config.rotate or config.weight_bits != 4 or config.act_bits is None or config.act_clip != 1:
+        raise ValueError(
+            "spike_: this version converts with pipeline='rtn', weight_bits=4, act_bits 1 to 8 and act_clip=1 only"
+        )
     if type(model) is nn.Linear:
         raise ValueError(
             "spike_: the model is itself one nn.Linear and cannot be replaced in place; use SpikingLinear.from_linear"
