@@ -106,7 +106,7 @@ def _bars(axes: Any, names: Sequence[str], values: Sequence[float], colors: Sequ
     places = range(len(names))
     axes.barh(places, values, color=colors, height=0.65)
     axes.set_yticks(places, names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, 1.18 * max(values, default=1.0))
     for place, value in zip(places, values, strict=True):
         axes.annotate(
@@ -161,10 +161,10 @@ def salient_map(masks: dict[str, Tensor], path: Path, title: str, columns: int =
         bins = torch.arange(mask.numel()) * columns // mask.numel()
         count = torch.zeros(columns).index_add_(0, bins, torch.ones(mask.numel()))
         image[row] = torch.zeros(columns).index_add_(0, bins, mask.cpu().float()) / count.clamp(min=1)
-    figure, axes = pyplot.subplots(figsize=(10, 1.6 + 0.075 * len(masks)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, min(10, 1.6 + 0.1 * len(masks))), layout="constrained")
     drawn = axes.imshow(image.numpy(), aspect="auto", cmap="Reds", interpolation="nearest", extent=(0, 100, len(masks), 0))
     names, every = list(masks), max(1, len(masks) // 30)
-    axes.set_yticks([i + 0.5 for i in range(0, len(names), every)], names[::every], fontsize=6)
+    axes.set_yticks([i + 0.5 for i in range(0, len(names), every)], names[::every], fontsize=7)
     axes.set(xlabel="position of the channel (% of K)", title=title)
     figure.colorbar(drawn, ax=axes, label="share of salient channels")
     figure.savefig(path, dpi=150)

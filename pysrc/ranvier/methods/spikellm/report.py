@@ -108,9 +108,11 @@ def _draw(
     if kept is None:
         return drawn
     layers = spiking_layers(kept)
-    masks = {n: layer.salient_mask for n, layer in layers.items() if layer.salient_count}
+    # Layers of one group share their mask: it is shown once, under the first one's name.
+    first = {id(layer.group or layer): n for n, layer in reversed(layers.items())}
+    masks = {n: layers[n].salient_mask for n in layers if n in set(first.values()) and layers[n].salient_count}
     if masks:
-        shown = f"{name}: salient channels of {len(masks)} layers"
+        shown = f"{name}: {len(masks)} masks of salient channels"
         plots.salient_map(masks, add("salient.png", "Where the salient channels of each layer lie"), shown)
     chosen = list(masks or layers)[len(masks or layers) // 2]
     counts = layer_raster(kept, layers[chosen], ids[:, :RASTER_TOKENS])
