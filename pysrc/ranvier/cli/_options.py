@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ranvier.config import GRIDS, GROUP_SIZES, PIPELINES, SPANS, WEIGHT_BITS, WEIGHT_GRIDS, SpikeConfig
+from ranvier.config import GRIDS, GROUP_SIZES, PIPELINES, SALIENCY, SPANS, WEIGHT_BITS, WEIGHT_GRIDS, SpikeConfig
 
 DEFAULTS = SpikeConfig()
 WEIGHT_FIELDS = ("weight_bits", "weight_grid", "group_size", "pipeline", "rotate")
-SPIKE_FIELDS = ("act_bits", "act_clip", "steps", "salient", "span", "grid")
+SPIKE_FIELDS = ("act_bits", "act_clip", "steps", "salient", "saliency", "span", "grid")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -69,6 +69,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--act-clip", type=float, default=d.act_clip, help="share of a token's range to span (default 1)")
     parser.add_argument("--steps", type=int, default=d.steps, help="time steps on salient channels (default 2)")
     parser.add_argument("--salient", type=float, default=d.salient, help="share of such channels (default 0.10)")
+    parser.add_argument("--saliency", choices=SALIENCY, default=d.saliency, help="by sign or size (default signed)")
     parser.add_argument("--span", choices=SPANS, default=d.span, help="their range (default shared)")
     parser.add_argument("--grid", choices=GRIDS, default=d.grid, help="ratio of scales (default consistent)")
     sizes = [size for size in GROUP_SIZES if size]

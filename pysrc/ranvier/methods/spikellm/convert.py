@@ -165,7 +165,7 @@ def _masks(observer: SaliencyObserver, config: SpikeConfig) -> dict[str, tuple[t
     result = {}
     for names in groups:
         try:
-            mask = salient_mask(observer.scores(names), config.salient_share)
+            mask = salient_mask(observer.scores(names), config.salient_share, absolute=config.saliency == "absolute")
         except ValueError as error:
             raise ValueError(f"spike_: {names[0]}: {error}") from error
         result.update({name: (tuple(names), mask) for name in names})
