@@ -175,7 +175,7 @@ def test_absolute_takes_the_large_ones_of_both_signs() -> None:
     found = []
     for saliency in ("signed", "absolute"):
         model = tiny_llama()
-        ranvier.spike_(model, ranvier.SpikeConfig(saliency=saliency), [token_batch(32, seed=1)])
+        ranvier.spike_(model, ranvier.SpikeConfig(saliency=saliency, salient=0.9), [token_batch(32, seed=1)])
         found.append([layer.salient_mask for layer in model.modules() if isinstance(layer, ranvier.nn.SpikingLinear)])
     assert any(not torch.equal(a, b) for a, b in zip(*found, strict=True))
 
