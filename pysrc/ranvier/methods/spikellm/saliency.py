@@ -26,7 +26,8 @@ def salient_channels(channels: int, share: float) -> int:
 def salient_mask(scores: Tensor, share: float, *, absolute: bool = False) -> Tensor:
     """The channels whose score is above the int((1 - share) K)-th smallest: bool [K].
 
-    scores: float [K], signed as the released code takes them, or their magnitudes. share: 0 marks none, 1 all. Ties with the threshold are left out, so they only shrink the set.
+    scores: float [K], signed as the released code takes them; absolute: by their magnitudes. share: 0 marks none, 1 all.
+    Ties with the threshold are left out, so they only shrink the set.
     Raises ValueError for scores that are not finite.
     """
     channels = scores.shape[0]
