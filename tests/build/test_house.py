@@ -32,6 +32,7 @@ OTHERS = {
     "kernels/README.md": "what the folder is for",
     "tests/ops/test_dispatch.py": "the mechanism of ops/_declare.py, by all ops",
     "tests/nn/test_spike_group.py": "layers that share one encoding: a class of nn/spike_linear.py",
+    "tests/nn/test_spike_quantized.py": "a further way to make a module of nn/spike_linear.py",
     "benchmarks/smollm2.py": "a whole model",
     "benchmarks/peers": "what a user would pick instead",
     "benchmarks/results": "measured results worth keeping",

@@ -32,9 +32,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import ranvier
 from ranvier import SpikeConfig
 from ranvier.nn import SpikeGroup, SpikingLinear
-from ranvier.ops import spike_encode
-from ranvier.reference.spike_encode import channel_order
-from ranvier.reference.spike_linear import Quantized, group_index, quantize_weight
+from ranvier.ops import spike_encode, weight_only_linear
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 configs = pytest.mark.parametrize("config", CONFIGS, ids=config_id)
@@ -403,67 +401,35 @@ def test_library_has_the_promised_names() -> None:
         assert hasattr(ranvier, name)
 
 
-# --- ready codes ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("group", (None, 32))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_weight_only_is_the_op_and_comes_back(group: int | None, dtype: torch.dtype) -> None:
+    """act_bits=None: x is not quantized; eager, compiled, copied and reloaded layers give the op's bits."""
+    config = SpikeConfig(act_bits=None, group_size=group)
+    layer, x = SpikingLinear.from_linear(linear(dtype), config), tokens(dtype=dtype)
+    with torch.no_grad():
+        y = layer(x)
+        assert same(y, weight_only_linear(x, layer.packed_weight, layer.format, N, layer.bias))
+        assert layer.dequantized_input(x) is x
+        torch._dynamo.reset()
+        assert same(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), y)
+        assert same(pickle.loads(pickle.dumps(copy.deepcopy(layer)))(x), y)
+        again = SpikingLinear(K, N, True, config, 0, dtype=dtype)
+        again.load_state_dict(layer.state_dict())
+        assert same(again(x), y)
+    assert "weight-only" in repr(layer)
+    with pytest.raises(ValueError, match="salient_mask with act_bits=None"):
+        SpikingLinear.from_linear(linear(dtype), config, mask())
 
 
-def natural(layer: SpikingLinear, weight: Tensor) -> Quantized:
-    """What quantize_weight gives this layer's format, the codes' channels put back into the order of x."""
-    form, order = layer.format, torch.arange(weight.shape[1])
-    if len(form.lengths) == 2:
-        order = channel_order(layer.salient_mask)
-    q, scale, zero = quantize_weight(weight[:, order], form.lengths, form.group_size or None)
-    return Quantized(torch.empty_like(q).index_copy_(1, order, q), scale, zero)
-
-
-@configs
-def test_from_quantized_with_rounded_codes_is_from_linear(config: SpikeConfig) -> None:
-    """Round to nearest through ready codes gives the same layer bit for bit: buffers, bias, mask, dtype, mode."""
-    source = linear(torch.bfloat16).eval()
-    source.bias.requires_grad_(False)
-    plain = SpikingLinear.from_linear(source, config, mask())
-    made = SpikingLinear.from_quantized(source, config, mask(), *natural(plain, source.weight.detach().float()))
-    assert plain.state_dict().keys() == made.state_dict().keys()
-    assert all(same(made.state_dict()[name], value) for name, value in plain.state_dict().items())
-    assert made.dtype == plain.dtype and not made.training and not made.bias.requires_grad
-    assert same(made(tokens(dtype=torch.bfloat16)), plain(tokens(dtype=torch.bfloat16)))
-
-
-@some_configs
-def test_from_quantized_keeps_any_codes(config: SpikeConfig) -> None:
-    """Codes, scales and zeros of any values come back: W^ = scale (q - zero) with the groups of the codes' order."""
-    shell = spiking(config)
-    groups = sum(shell.format.groups)
-    q = torch.randint(0, 16, (N, K), generator=generator(5), dtype=torch.uint8)
-    scale = torch.rand(N, groups, generator=generator(6)) + 0.5
-    zero = torch.randint(0, 16, (N, groups), generator=generator(7), dtype=torch.uint8)
-    layer = SpikingLinear.from_quantized(linear(), config, mask(), q, scale, zero)
-    index, _ = group_index(shell.format.lengths, config.group_size)
-    if len(shell.format.lengths) == 2:
-        index = torch.empty_like(index).index_copy_(0, channel_order(mask()), index)
-    truth = scale[:, index] * (q.float() - zero[:, index].float())
-    assert same(layer.dequantized_weight(), truth)
-
-
-def test_from_quantized_refuses() -> None:
-    """Tables of other shapes, dtypes or values are named, with what is allowed."""
-    source, config = linear(), SpikeConfig()
-    q, scale, zero = natural(spiking(config), source.weight.detach())
-    bad_scale = scale.clone()
-    bad_scale[3, 0] = float("nan")
-    cases = [
-        ((q[:-1], scale, zero), ValueError, "q has shape"),
-        ((q.int(), scale, zero), TypeError, "q is torch.int32"),
-        ((q, scale.double(), zero), TypeError, "scale is torch.float64"),
-        ((q, scale.repeat(1, 2), zero), ValueError, "scale has shape"),
-        ((q, scale, zero[0]), ValueError, "zero has shape"),
-        ((q + 16, scale, zero), ValueError, "q reaches 31; 4-bit codes end at 15"),
-        ((q, scale, zero + 16), ValueError, "zero reaches"),
-        ((q, bad_scale, zero), ValueError, "a scale is NaN"),
-        ((q, -scale, zero), ValueError, "not above 0"),
-        ((q, scale, None), TypeError, "zero is a NoneType"),
-    ]
-    for given, error, words in cases:
-        with pytest.raises(error, match=words):
-            SpikingLinear.from_quantized(source, config, mask(), *given)
-    with pytest.raises(TypeError, match="from_quantized: got Identity"):
-        SpikingLinear.from_quantized(nn.Identity(), config, mask(), q, scale, zero)
+def test_weight_only_gradients_are_the_float_layers() -> None:
+    """dx and db are those of the layer with the dequantized weight."""
+    layer = SpikingLinear.from_linear(linear(), SpikeConfig(act_bits=None))
+    dense, x = layer.to_linear(), tokens()
+    grads = []
+    for module in (layer, dense):
+        leaf = x.clone().requires_grad_()
+        module(leaf).square().sum().backward()
+        grads.append((leaf.grad, module.bias.grad))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # 2 y dy: y's rounding, some 1e-6, over a hundred terms

@@ -22,8 +22,10 @@ from ranvier.ops.spike_linear import (
     spike_linear_dynamic,
     unpack_weight,
 )
+from ranvier.ops.weight_only_linear import digit_format, weight_only_linear
 from ranvier.reference.spike_encode import spike_decode
 from ranvier.reference.spike_linear import Quantized
+from ranvier.reference.weight_only_linear import digit_count
 
 FORMAT_BYTES = 64  # the part of a layer's description that its encoding depends on (csrc SpikeFormat)
 CPU = torch.device("cpu")
@@ -92,6 +94,7 @@ class SpikeGroup:
 class SpikingLinear(nn.Module):
     """y = x^ W^T + b with x^ what the spike codes of x stand for and W^ the 4-bit weight: one packed integer product.
 
+    With ``config.act_bits=None`` x^ is x (weight-only): see :func:`ranvier.ops.weight_only_linear`.
     x [..., K] float32, bfloat16 or float16; y [..., N] in x's dtype. Weights are buffers, bias stays a parameter. Gradients
     flow straight through to x and to the bias. Made by :meth:`from_linear`; formulas in :mod:`ranvier.reference`.
     SpikeLLM, arXiv 2407.04752.
@@ -177,6 +180,8 @@ class SpikingLinear(nn.Module):
                 f"SpikingLinear.{way}: salient_mask is {mask.dtype} {list(mask.shape)};"
                 f" pass bool [{in_features}], one entry per input channel"
             )
+        if config.salient_share == 0 and config.act_bits is None and bool(mask.any()):
+            raise ValueError(f"SpikingLinear.{way}: salient_mask with act_bits=None, where nothing spikes; leave it out")
         mask, weight = mask.to(linear.weight.device), linear.weight
         layer = cls(in_features, out_features, linear.bias is not None, config, int(mask.sum()), weight.device, weight.dtype)
         layer.salient_mask = mask.clone() if salient_mask is not None and mask is salient_mask else mask
@@ -192,6 +197,8 @@ class SpikingLinear(nn.Module):
     def format(self) -> SpikeFormat:
         """How this layer's tokens are encoded."""
         c = self.config
+        if c.act_bits is None:
+            return digit_format(self.in_features, c.group_size)
         rule = (c.act_bits, c.code_steps, c.span, c.grid, c.group_size or 0)
         return SpikeFormat(self.in_features, self.salient_count, *rule)
 
@@ -207,6 +214,8 @@ class SpikingLinear(nn.Module):
         return self._eager(input)
 
     def _as_op(self, x: Tensor) -> Tensor:
+        if self.config.act_bits is None:
+            return weight_only_linear(x, self.packed_weight, self.format, self.out_features, self.bias)
         mask = self.salient_mask if self.salient_count else None
         return spike_linear_dynamic(x, self.packed_weight, self.format, self.out_features, self.bias, mask)
 
@@ -221,7 +230,10 @@ class SpikingLinear(nn.Module):
         # Sizes one by one: unpacking a tuple costs a third of a microsecond, which a small layer feels.
         y = x.new_empty(shape[0], self.out_features) if len(shape) == 2 else x.new_empty(*shape[:-1], self.out_features)
         tokens, group = x.numel() // channels, self.group
-        if group is None or x.is_inference():
+        if self.config.act_bits is None:
+            digits = digit_count(x.dtype)
+            _C.weight_only_linear(description, x.data_ptr(), channels, dtype, tokens, digits, y.data_ptr(), dtype)
+        elif group is None or x.is_inference():
             _C.spike_linear_dynamic(description, x.data_ptr(), channels, dtype, tokens, y.data_ptr(), dtype)
         else:
             encoded = group.encoding(description, self._buffers["salient_mask"], x, tokens)
@@ -263,8 +275,10 @@ class SpikingLinear(nn.Module):
         return unpack_weight(self.packed_weight, self.salient_mask, self.format, self.out_features)
 
     def dequantized_input(self, x: Tensor) -> Tensor:
-        """x^, what the codes of x stand for: [..., K], float32 (float64 for float64)."""
+        """x^, what the codes of x stand for: [..., K], float32 (float64 for float64); x itself with ``act_bits=None``."""
         check_channels("SpikingLinear", x, self.in_features)
+        if self.config.act_bits is None:
+            return x
         return spike_decode(x, self.salient_mask, **self.format.rule)
 
     def to_linear(self) -> nn.Linear:
@@ -287,7 +301,9 @@ class SpikingLinear(nn.Module):
         c = self.config
         parts = [
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}",
-            f"W{c.weight_bits}A{c.act_bits}, steps={c.steps}, salient={self.salient_count}, span={c.span}, grid={c.grid}",
+            f"W{c.weight_bits}A{c.act_bits}, steps={c.steps}, salient={self.salient_count}, span={c.span}, grid={c.grid}"
+            if c.act_bits
+            else f"W{c.weight_bits}, weight-only",
         ]
         return ", ".join(parts + ([f"group_size={c.group_size}"] if c.group_size else []))
 

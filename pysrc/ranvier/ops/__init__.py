@@ -3,6 +3,7 @@
 from ranvier.ops.spike_encode import SpikeCodes, SpikeFormat, spike_encode
 from ranvier.ops.spike_events import SpikeCounts, SpikeEvents, spike_events, spike_raster
 from ranvier.ops.spike_linear import PackedWeight, pack_weight, spike_linear, spike_linear_dynamic, unpack_weight
+from ranvier.ops.weight_only_linear import digit_format, weight_only_linear
 
 __all__ = [
     "PackedWeight",
@@ -10,6 +11,7 @@ __all__ = [
     "SpikeCounts",
     "SpikeEvents",
     "SpikeFormat",
+    "digit_format",
     "pack_weight",
     "spike_encode",
     "spike_events",
@@ -17,4 +19,5 @@ __all__ = [
     "spike_linear_dynamic",
     "spike_raster",
     "unpack_weight",
+    "weight_only_linear",
 ]
