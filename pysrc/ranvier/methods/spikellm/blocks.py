@@ -53,6 +53,25 @@ def find_blocks(model: nn.Module, layers: Mapping[str, nn.Linear]) -> str | None
     return found
 
 
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Put ``replacements[id(old)]`` wherever a module holds ``old``: first every place is found, then all are set."""
+    places = [
+        (parent, name, replacements[id(child)])
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and id(child) in replacements
+    ]
+    done = []
+    try:
+        for parent, name, new in places:
+            done.append((parent, name, parent._modules[name]))
+            parent._modules[name] = new
+    except BaseException:
+        for parent, name, old in reversed(done):
+            parent._modules[name] = old
+        raise
+
+
 class _Captured(Exception):
     """Every block was seen: the rest of the model need not run."""
 

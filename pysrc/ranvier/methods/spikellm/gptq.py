@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ranvier.ops.spike_encode import SpikeFormat
+from ranvier.reference.spike_encode import channel_order
 from ranvier.reference.spike_linear import WEIGHT_TOP, Quantized, group_index
 
 MAX_DAMP = 1.0  # of the mean of the Hessian's diagonal: where even this is not positive definite, something is not finite
@@ -188,3 +190,13 @@ def _pieces(groups: list[int], block: int, fitted: set[int]) -> list[tuple[int, 
             starts.append(j)
             seen.add(group)
     return list(zip(starts, [*starts[1:], len(groups)], strict=True))
+
+
+def quantize_gptq(weight: Tensor, hessian: Tensor, mask: Tensor, form: SpikeFormat) -> Quantized:
+    """GPTQ on the 4-bit grids of a layer's format: codes as ``SpikingLinear.from_quantized`` takes them.
+
+    weight float [N, K], hessian [K, K], mask of salient channels bool [K]. Ranges of a row are fitted apart.
+    """
+    order = channel_order(mask) if len(form.lengths) == 2 else torch.arange(weight.shape[1], device=weight.device)
+    grid = UniformGrid(weight.shape[0], form.lengths, form.group_size or None, order)
+    return Quantized(gptq(weight, hessian, grid), grid.scale, grid.zero)

@@ -1,8 +1,6 @@
-"""Second moments of what a layer sees: X^^T X^ of its encoded inputs, and X^^T X with the inputs as they were."""
+"""Second moments of what a layer sees: X^^T X^ of its encoded inputs."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,35 +16,18 @@ def encoder(channels: int, mask: Tensor, config: SpikeConfig) -> SpikingLinear:
     return layer
 
 
-@dataclass
-class Gram:
-    """Sums over tokens: hessian X^^T X^ and cross X^^T X, float32 [K, K] each."""
-
-    hessian: Tensor
-    cross: Tensor
-    tokens: int = 0
-
-    @classmethod
-    def empty(cls, channels: int, device: torch.device) -> Gram:
-        """Of no token."""
-        return cls(*(torch.zeros((channels, channels), device=device) for _ in range(2)))
-
-    def add(self, seen: Tensor, wanted: Tensor) -> None:
-        """Tokens of [M, K]: what the layer's codes stand for, and what they should."""
-        seen, wanted = seen.float(), wanted.float()
-        self.hessian.addmm_(seen.T, seen)
-        self.cross.addmm_(seen.T, wanted)
-        self.tokens += seen.shape[0]
-
-
 class GramObserver:
-    """Adds up the Gram matrices of layers while a model runs; a context manager."""
+    """Adds up X^^T X^ over tokens, float32 [K, K] a layer, while a model runs; a context manager.
+
+    X^ is what a layer's spike codes stand for, its own inputs where ``config.act_bits`` is None.
+    """
 
     def __init__(self, layers: dict[str, nn.Linear], masks: dict[str, Tensor], config: SpikeConfig) -> None:
-        self.grams: dict[str, Gram] = {}
+        self.hessians: dict[str, Tensor] = {}
         self._layers, self._encoders, self._handles = layers, {}, []
         for name, layer in layers.items():
-            self.grams[name] = Gram.empty(layer.in_features, layer.weight.device)
+            size = (layer.in_features, layer.in_features)
+            self.hessians[name] = torch.zeros(size, device=layer.weight.device)
             self._encoders[name] = encoder(layer.in_features, masks[name], config)
 
     def __enter__(self) -> GramObserver:
@@ -65,4 +46,5 @@ class GramObserver:
     def _observe(self, name: str, x: Tensor) -> None:
         flat = x.detach().reshape(-1, x.shape[-1])
         if flat.shape[0]:
-            self.grams[name].add(self._encoders[name].dequantized_input(flat), flat)
+            seen = self._encoders[name].dequantized_input(flat).float()
+            self.hessians[name].addmm_(seen.T, seen)
