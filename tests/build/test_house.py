@@ -34,6 +34,7 @@ OTHERS = {
     "tests/nn/test_spike_group.py": "layers that share one encoding: a class of nn/spike_linear.py",
     "tests/nn/test_spike_quantized.py": "a further way to make a module of nn/spike_linear.py",
     "benchmarks/smollm2.py": "a whole model",
+    "benchmarks/stream_memory.py": "the memory of a streamed conversion",
     "benchmarks/peers": "what a user would pick instead",
     "benchmarks/results": "measured results worth keeping",
     "benchmarks/README.md": "how figures are made",

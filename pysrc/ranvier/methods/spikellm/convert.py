@@ -171,7 +171,8 @@ def report_layer(name: str, linear: nn.Linear, made: Made) -> LayerReport:
     return LayerReport(name, linear.in_features, linear.out_features, layer.salient_count, size, held, error, names)
 
 
-def _check_supported(config: SpikeConfig) -> None:
+def check_supported(config: SpikeConfig) -> None:
+    """Raises ValueError for settings that this installation has no code for."""
     absent = missing(config)
     if absent or config.act_clip != 1:
         fault = f"has no code for {' and '.join(absent)}" if absent else "converts with act_clip=1 only"
@@ -231,7 +232,7 @@ def spike_(
     SpikeLLM, arXiv 2407.04752.
     """
     config = config or SpikeConfig()
-    _check_supported(config)
+    check_supported(config)
     if type(model) is nn.Linear:
         raise ValueError(
             "spike_: the model is itself one nn.Linear and cannot be replaced in place; use SpikingLinear.from_linear"

@@ -77,6 +77,11 @@ def shared_groups(observer: SaliencyObserver) -> list[tuple[str, ...]]:
     return sorted(groups, key=lambda names: observer.sequence.index(names[0]))
 
 
+def rounds(config: SpikeConfig) -> bool:
+    """Whether weights are rounded to nearest, with saliency of the unquantized model's inputs."""
+    return config.pipeline == "rtn" and config.spikes == "activations"
+
+
 def weight_error(linear: nn.Linear, layer: SpikingLinear) -> float:
     """||W - W^|| / ||W||; 0 for a weight of zeros."""
     weight = linear.weight.detach().float()
@@ -110,7 +115,7 @@ class BlockConverter:
         return self.config.spikes == "activations" and self.config.salient_share not in (0.0, 1.0)
 
     def convert(self, omniquant: Omniquant | None) -> dict[str, Made]:
-        """The replacements by name. The block holds them where ``sequential``; else it is as it was.
+        """The replacements by name. The block holds them where ``sequential``, but for plain rounding; else it is as it was.
 
         omniquant(masks, groups) quantizes all layers at once in place of GPTQ.
         """
@@ -124,7 +129,15 @@ class BlockConverter:
             for names in groups:
                 made.update({n: self._made(self._layer(n, masks[n], codes[n]), n, names) for n in names})
             join(made)
-            self._place(made)
+            self.place(made)
+            return {name: made[name] for name in self.layers}
+        if rounds(self.config):
+            for names in groups:
+                mask = self._mask(names, None)
+                for name in names:
+                    layer = layer_class(self.config).from_linear(self.layers[name], self.config, mask)
+                    made[name] = self._made(layer, name, names)
+            join(made)
             return {name: made[name] for name in self.layers}
         for names in [[group] for group in groups] if self.sequential else [groups]:
             made.update(self._quantize(names))
@@ -148,7 +161,7 @@ class BlockConverter:
                 made[name] = self._made(quantized_layer(self.layers[name], self.config, mask, hessian), name, names)
         join(made)
         if self.sequential:
-            self._place(made)
+            self.place(made)
         return made
 
     def _mask(self, names: tuple[str, ...], hessian: Tensor | None) -> Tensor:
@@ -169,7 +182,8 @@ class BlockConverter:
     def _made(self, module: SpikingLinear, name: str, names: tuple[str, ...]) -> Made:
         return Made(module, names, weight_error(self.layers[name], module))
 
-    def _place(self, made: Mapping[str, Made]) -> None:
+    def place(self, made: Mapping[str, Made]) -> None:
+        """Put the replacements where the linear layers are in the block."""
         replace_modules(self.block, {id(self.layers[name]): layer.module for name, layer in made.items()})
 
 
@@ -201,6 +215,7 @@ def quantized_layer(linear: nn.Linear, config: SpikeConfig, mask: Tensor, hessia
 class ChainConverter:
     """Sends a chain of hidden states through blocks, converting each as it comes: one block is held at a time.
 
+    Plain rounding measures saliency on the unquantized model; the other pipelines go on with the converted block's outputs.
     ``floats`` are the hidden states of the unquantized model, carried along where a pipeline fits a block's output to them.
     """
 
@@ -224,10 +239,14 @@ class ChainConverter:
         converter = BlockConverter(block, layers, run, self.config, prefix)
         omniquant = None
         if self.floats is not None:
-            self.floats = [chain.run(block, index, batch, self.floats[batch]) for batch in chain.batches()]
+            for batch in chain.batches():
+                self.floats[batch] = chain.run(block, index, batch, self.floats[batch])
             omniquant = self._omniquant(block, index, converter.layers)
         made = converter.convert(omniquant) if layers else {}
-        chain.hidden = [chain.run(block, index, batch) for batch in chain.batches()]
+        for batch in chain.batches():
+            chain.hidden[batch] = chain.run(block, index, batch)
+        if rounds(self.config):
+            converter.place(made)
         return made, max((reader.tokens for reader in converter.observer.readers.values()), default=0)
 
     def _omniquant(self, block: nn.Module, index: int, layers: dict[str, nn.Linear]) -> Omniquant:

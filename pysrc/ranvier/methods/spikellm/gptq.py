@@ -70,7 +70,7 @@ class UniformGrid:
         low, high = weight.amin(-1).clamp(max=0.0), weight.amax(-1).clamp(min=0.0)
         best = scale = zero = None
         for share in self._shares:
-            step = ((high - low) * (share / self.top)).float()
+            step = ((high - low) * share / self.top).float()
             step = torch.where(step > torch.finfo(step.dtype).tiny, step, 1.0)
             point = torch.round(-low * share / step).clamp(0, self.top)
             if len(self._shares) == 1:
