@@ -10,19 +10,21 @@ from torch import Tensor, nn
 
 from ranvier import _C
 from ranvier.config import SpikeConfig
-from ranvier.ops._args import DTYPES, check_channels, check_is_tensor, plain
+from ranvier.ops._args import DTYPES, check_channels, check_is_tensor, check_tensor, plain
 from ranvier.ops._declare import needs_dispatcher
 from ranvier.ops.spike_encode import SpikeFormat
 from ranvier.ops.spike_linear import (
     PackedWeight,
     check_layer,
     layer_description,
+    pack_quantized,
     pack_weight,
     spike_linear_dynamic,
     unpack_weight,
 )
 from ranvier.ops.weight_only_linear import digit_format, weight_only_linear
 from ranvier.reference.spike_encode import spike_decode
+from ranvier.reference.spike_linear import Quantized
 from ranvier.reference.weight_only_linear import digit_count
 
 FORMAT_BYTES = 64  # the part of a layer's description that its encoding depends on (csrc SpikeFormat)
@@ -133,32 +135,63 @@ class SpikingLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, config: SpikeConfig | None = None, salient_mask: Tensor | None = None
     ) -> SpikingLinear:
-        """Quantize a linear layer. salient_mask: bool [K], None for no salient channel.
+        """Quantize a linear layer round to nearest. salient_mask: bool [K], None for no salient channel.
 
         Raises TypeError for another kind of layer, ValueError for NaN or Inf in its weight, a mask of another length, or
         a K that is not a multiple of ``config.group_size``. The given layer stays as it is.
         """
+        layer = cls._shell("from_linear", linear, config, salient_mask)
+        return layer._take(pack_weight(linear.weight, layer.salient_mask, layer.format))
+
+    @classmethod
+    def from_quantized(
+        cls,
+        linear: nn.Linear,
+        config: SpikeConfig | None,
+        salient_mask: Tensor | None,
+        q: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+    ) -> SpikingLinear:
+        """A layer with ready codes: W^ = scale (q - zero), in place of ``linear``, of which the bias, dtype and mode are taken.
+
+        q uint8 [N, K], its channels in the layer's own order; scale float32 [N, G], zero uint8 [N, G] of the format's groups,
+        as :func:`ranvier.reference.spike_linear.quantize_weight` returns them: group_size channels of each range in the
+        codes' order (other channels, then salient ones, both ascending), or one group a range.
+
+        Raises like :meth:`from_linear`, and for tables of another shape or dtype, codes above 15 or scales not above 0.
+        """
+        layer = cls._shell("from_quantized", linear, config, salient_mask)
+        check_is_tensor("SpikingLinear.from_quantized", "q", q)
+        check_tensor("SpikingLinear.from_quantized", "q", q, torch.uint8, tuple(linear.weight.shape))
+        return layer._take(pack_quantized(Quantized(q, scale, zero), layer.salient_mask, layer.format))
+
+    @classmethod
+    def _shell(cls, way: str, linear: nn.Linear, config: SpikeConfig | None, salient_mask: Tensor | None) -> SpikingLinear:
+        """The layer with mask and bias, its weight still empty."""
         if not isinstance(linear, nn.Linear):
-            raise TypeError(f"SpikingLinear.from_linear: got {type(linear).__name__}; pass a torch.nn.Linear")
+            raise TypeError(f"SpikingLinear.{way}: got {type(linear).__name__}; pass a torch.nn.Linear")
         config = config or SpikeConfig()
         out_features, in_features = linear.weight.shape
-        check_convertible("SpikingLinear.from_linear", linear, config)
+        check_convertible(f"SpikingLinear.{way}", linear, config)
         mask = torch.zeros(in_features, dtype=torch.bool) if salient_mask is None else torch.as_tensor(salient_mask)
         if mask.dtype != torch.bool or tuple(mask.shape) != (in_features,):
             raise ValueError(
-                f"SpikingLinear.from_linear: salient_mask is {mask.dtype} {list(mask.shape)};"
+                f"SpikingLinear.{way}: salient_mask is {mask.dtype} {list(mask.shape)};"
                 f" pass bool [{in_features}], one entry per input channel"
             )
         if config.salient_share == 0 and config.act_bits is None and bool(mask.any()):
-            raise ValueError("SpikingLinear.from_linear: salient_mask with act_bits=None, where nothing spikes; leave it out")
+            raise ValueError(f"SpikingLinear.{way}: salient_mask with act_bits=None, where nothing spikes; leave it out")
         mask, weight = mask.to(linear.weight.device), linear.weight
         layer = cls(in_features, out_features, linear.bias is not None, config, int(mask.sum()), weight.device, weight.dtype)
-        packed = pack_weight(weight, mask, layer.format)
-        layer.weight_packed, layer.weight_scale, layer.weight_zero, layer.weight_sum = packed
         layer.salient_mask = mask.clone() if salient_mask is not None and mask is salient_mask else mask
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
         return layer.train(linear.training)
+
+    def _take(self, packed: PackedWeight) -> SpikingLinear:
+        self.weight_packed, self.weight_scale, self.weight_zero, self.weight_sum = packed
+        return self
 
     @property
     def format(self) -> SpikeFormat:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ranvier import _C
-from ranvier.ops._args import DTYPES, check_channels, check_device, check_float, check_tensor, plain, pointer
+from ranvier.ops._args import DTYPES, check_channels, check_device, check_float, check_is_tensor, check_tensor, plain, pointer
 from ranvier.ops._declare import declare
 from ranvier.ops.spike_encode import SpikeFormat, format_of, reference_encode
 from ranvier.reference import spike_linear as reference
 from ranvier.reference.spike_encode import SpikeCodes, channel_order
+from ranvier.reference.spike_linear import Quantized
 
 OUTPUT_BLOCK = 32
 WEIGHT = (
@@ -79,12 +80,43 @@ def pack_weight(weight: Tensor, salient_mask: Tensor | None, form: SpikeFormat) 
     weight = weight.detach().float()
     if len(form.lengths) == 2:
         weight = weight[:, channel_order(salient_mask)]
-    q, scale, zero = reference.quantize_weight(weight, form.lengths, form.group_size or None)
+    return _pack(reference.quantize_weight(weight, form.lengths, form.group_size or None), form)
+
+
+def pack_quantized(weight: Quantized, salient_mask: Tensor | None, form: SpikeFormat) -> PackedWeight:
+    """Pack codes q uint8 [N, K], their channels in the layer's own order, with the scales and zeros of this format's groups.
+
+    Groups are those of the codes' order: group_size channels of each range, ascending, other channels before salient ones.
+    Raises TypeError or ValueError for tensors that no such layer has.
+    """
+    q, scale, zero = weight
+    for name, tensor in weight._asdict().items():
+        check_is_tensor("pack_quantized", name, tensor)
+    if q.ndim != 2:
+        raise ValueError(f"pack_quantized: q has shape {list(q.shape)}; it must be [N, {form.channels}]")
+    table = (q.shape[0], sum(form.groups))
+    check_tensor("pack_quantized", "q", q, torch.uint8, (q.shape[0], form.channels))
+    check_tensor("pack_quantized", "scale", scale, torch.float32, table)
+    check_tensor("pack_quantized", "zero", zero, torch.uint8, table)
+    check_device("pack_quantized", q.device, scale=scale, zero=zero, salient_mask=salient_mask)
+    for name, codes in (("q", q), ("zero", zero)):
+        if codes.numel() and int(codes.max()) > reference.WEIGHT_TOP:
+            raise ValueError(f"pack_quantized: {name} reaches {int(codes.max())}; 4-bit codes end at {reference.WEIGHT_TOP}")
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise ValueError("pack_quantized: a scale is NaN, infinite or not above 0; pass the scales of a fitted grid")
+    if len(form.lengths) == 2:
+        q = q[:, channel_order(salient_mask)]
+    return _pack(Quantized(q, scale, zero), form)
+
+
+def _pack(weight: Quantized, form: SpikeFormat) -> PackedWeight:
+    """weight: in the codes' order."""
+    q, scale, zero = weight
     total = None
     if form.grid == "compat":
-        groups, _ = reference.group_index(form.lengths, form.group_size or None, weight.device)
+        groups, _ = reference.group_index(form.lengths, form.group_size or None, q.device)
         signed = q.to(torch.int32) - zero.to(torch.int32)[:, groups]
-        total = torch.zeros(scale.shape, dtype=torch.int32, device=weight.device).index_add_(1, groups, signed)
+        total = torch.zeros(scale.shape, dtype=torch.int32, device=q.device).index_add_(1, groups, signed)
         total = _by_block(total)
     return PackedWeight(pack_codes(q, form.lengths), _by_block(scale), _by_block(zero), total)
 

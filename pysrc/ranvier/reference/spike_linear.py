@@ -11,6 +11,7 @@ integers: sum_t (s_t W^T) = (sum_t s_t) W^T.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,15 @@ from ranvier.reference.spike_encode import SpikeCodes
 WEIGHT_TOP = 15
 
 
-def quantize_weight(weight: Tensor, lengths: Sequence[int], group_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
+class Quantized(NamedTuple):
+    """A weight on a grid: s_w (q - z_w). q uint8 [N, K], scale float [N, G] and zero uint8 [N, G] of its G groups."""
+
+    q: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+def quantize_weight(weight: Tensor, lengths: Sequence[int], group_size: int | None) -> Quantized:
     """Round to nearest on an asymmetric 4-bit grid that includes zero: q uint8 [N, K], scale [N, G], zero uint8 [N, G].
 
     s = (max(0, max w) - min(0, min w)) / 15, z = round(-min / s), q = clip(round(w / s) + z, 0, 15), over groups of
@@ -39,7 +48,7 @@ def quantize_weight(weight: Tensor, lengths: Sequence[int], group_size: int | No
         codes.append((torch.round(piece / scale) + zero).clamp(0, WEIGHT_TOP))
         scales.append(scale)
         zeros.append(zero)
-    return torch.cat(codes, -1).to(torch.uint8), torch.cat(scales, -1), torch.cat(zeros, -1).to(torch.uint8)
+    return Quantized(torch.cat(codes, -1).to(torch.uint8), torch.cat(scales, -1), torch.cat(zeros, -1).to(torch.uint8))
 
 
 def group_index(lengths: Sequence[int], group_size: int | None, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

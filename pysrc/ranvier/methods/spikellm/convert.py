@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ranvier.config import SpikeConfig
+from ranvier.methods.spikellm.blocks import call_model, replace_modules
+from ranvier.methods.spikellm.data import own_calibration
+from ranvier.methods.spikellm.engine import (
+    Conversion,
+    Made,
+    check_reached,
+    convert_blocks,
+    join,
+    layer_class,
+    missing,
+    weight_error,
+)
+from ranvier.methods.spikellm.evaluate import evaluating
 from ranvier.methods.spikellm.saliency import SaliencyObserver, salient_mask
-from ranvier.nn.spike_linear import SpikeGroup, SpikingLinear, check_convertible
+from ranvier.nn.spike_linear import SpikingLinear, check_convertible
 
 
 @dataclass(frozen=True)
@@ -92,38 +106,12 @@ def find_linears(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, 
     return found, skipped
 
 
-def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Put ``replacements[id(old)]`` wherever a module holds ``old``: first every place is found, then all are set."""
-    places = [
-        (parent, name, replacements[id(child)])
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if child is not None and id(child) in replacements
-    ]
-    done = []
-    try:
-        for parent, name, new in places:
-            done.append((parent, name, parent._modules[name]))
-            parent._modules[name] = new
-    except BaseException:
-        for parent, name, old in reversed(done):
-            parent._modules[name] = old
-        raise
-
-
 def _run_calibration(model: nn.Module, calibration: Iterable[Any]) -> int:
     """Runs every batch; returns how many there were."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     count = 0
     for batch in tqdm(calibration, desc="saliency", unit="batch", leave=False):
-        if isinstance(batch, Mapping):
-            model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-        elif isinstance(batch, Tensor):
-            model(batch.to(device))
-        else:
-            raise TypeError(
-                f"spike_: calibration yields {type(batch).__name__}; yield input tensors or dicts of keyword arguments"
-            )
+        call_model(model, batch, device)
         count += 1
     return count
 
@@ -135,25 +123,15 @@ def _observe(model: nn.Module, layers: dict[str, nn.Linear], config: SpikeConfig
                 f"spike_: salient = {config.salient} needs calibration batches to measure saliency; pass some, or salient=0"
             )
         return SaliencyObserver(layers, score=False)
-    if isinstance(calibration, (Tensor, str, bytes, Mapping)):
-        raise TypeError(f"spike_: calibration is {type(calibration).__name__}; pass an iterable of batches, such as a list")
-    was_training = {m: m.training for m in model.modules()}
+    check_batches(calibration)
     observer = SaliencyObserver(layers, score=config.salient_share not in (0.0, 1.0))
-    model.eval()
-    try:
-        with torch.no_grad(), observer:
-            batches = _run_calibration(model, calibration)
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
+    with evaluating(model), observer:
+        batches = _run_calibration(model, calibration)
     if batches == 0:
         raise ValueError("spike_: the calibration set is empty; pass at least one batch")
     if config.salient_share in (0.0, 1.0):
         return observer
-    unseen = [name for name, reader in observer.readers.items() if reader.tokens == 0]
-    if unseen:
-        more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
-        raise ValueError(f"spike_: calibration never reached {unseen[0]}{more}; calibrate with inputs that do, or skip it")
+    check_reached(observer)
     return observer
 
 
@@ -174,61 +152,114 @@ def _masks(observer: SaliencyObserver, config: SpikeConfig) -> dict[str, tuple[t
 
 def _convert(
     layers: dict[str, nn.Linear], masks: dict[str, tuple[tuple[str, ...], Tensor]], config: SpikeConfig
-) -> tuple[dict[int, nn.Module], list[LayerReport]]:
-    shared: dict[tuple[str, ...], SpikeGroup] = {}
-    replacements: dict[int, nn.Module] = {}
-    reports = []
+) -> dict[str, Made]:
+    made = {}
     for name, linear in tqdm(layers.items(), desc="spiking", unit="layer", leave=False):
         names, mask = masks[name]
-        layer = SpikingLinear.from_linear(linear, config, mask)
-        if len(names) > 1:
-            layer.group = shared.setdefault(names, SpikeGroup())
-            layer.salient_mask = layer.group.share(mask)
-        weight = linear.weight.detach().float()
-        norm = float(weight.norm())
-        error = float((weight - layer.dequantized_weight()).norm()) / norm if norm else 0.0
-        held = sum(t.numel() * t.element_size() for t in layer.packed_weight if t is not None)
-        held += mask.numel() if name == names[0] else 0
-        size = linear.weight.numel() * linear.weight.element_size()
-        reports.append(LayerReport(name, linear.in_features, linear.out_features, int(mask.sum()), size, held, error, names))
-        replacements[id(linear)] = layer
-    return replacements, reports
+        layer = layer_class(config).from_linear(linear, config, mask)
+        made[name] = Made(layer, names, weight_error(linear, layer))
+    join(made)
+    return made
 
 
-def spike_(model: nn.Module, config: SpikeConfig | None = None, calibration: Iterable[Any] | None = None) -> SpikeReport:
+def report_layer(name: str, linear: nn.Linear, made: Made) -> LayerReport:
+    """The report of one layer; a mask that several share counts for the first of them."""
+    layer, names, error = made
+    held = sum(t.numel() * t.element_size() for t in layer.packed_weight if t is not None)
+    held += layer.salient_mask.numel() if name == names[0] else 0
+    size = linear.weight.numel() * linear.weight.element_size()
+    return LayerReport(name, linear.in_features, linear.out_features, layer.salient_count, size, held, error, names)
+
+
+def check_supported(config: SpikeConfig) -> None:
+    """Raises ValueError for settings that this installation has no code for."""
+    absent = missing(config)
+    if absent or config.act_clip != 1:
+        fault = f"has no code for {' and '.join(absent)}" if absent else "converts with act_clip=1 only"
+        raise ValueError(f"spike_: this version {fault}; choose another setting")
+
+
+def _rotated(model: nn.Module, seed: int) -> nn.Module:
+    from ranvier.methods.spikellm.rotate import rotate_model
+
+    model = copy.deepcopy(model)  # folding changes every weight in place
+    rotate_model(model, seed)
+    return model
+
+
+def _converted(model: nn.Module, layers: dict[str, nn.Linear], config: SpikeConfig, calibration: Any, seed: int) -> Conversion:
+    """What becomes of the layers; the model stays as it is."""
+    simple = config.weight_bits == 4 or not config.needs_calibration
+    if config.pipeline == "rtn" and simple:
+        observer = _observe(model, layers, config, calibration)
+        tokens = max(reader.tokens for reader in observer.readers.values())
+        with torch.no_grad():
+            return Conversion(_convert(layers, _masks(observer, config), config), {}, tokens)
+    if calibration is None:
+        what = f"pipeline={config.pipeline!r}" if config.pipeline != "rtn" else f"salient = {config.salient}"
+        raise ValueError(f"spike_: {what} needs calibration batches to fit to; pass some")
+    check_batches(calibration)
+    with evaluating(model), torch.no_grad():
+        return convert_blocks(model, layers, config, calibration, seed)
+
+
+def check_batches(calibration: Any) -> None:
+    """Raises TypeError for what is one batch, or no batch at all."""
+    if isinstance(calibration, (Tensor, str, bytes, Mapping)):
+        raise TypeError(f"spike_: calibration is {type(calibration).__name__}; pass an iterable of batches, such as a list")
+
+
+def spike_(
+    model: nn.Module, config: SpikeConfig | None = None, calibration: Iterable[Any] | None = None, *, seed: int = 0
+) -> SpikeReport:
     """Replace every ``nn.Linear`` that is not skipped by a :class:`ranvier.nn.SpikingLinear`, in place.
 
-    calibration: an iterable of input-id tensors or of dicts of keyword arguments for ``model``; each batch runs once
-    through the model as it is, and the saliency of every channel is added up on the way. It may be None when
-    ``config.salient`` is 0 or 1. Layers that are handed the very same tensor (q, k and v; gate and up) share one mask and,
-    in eager mode, one encoding.
+    calibration: an iterable of input-id tensors or of dicts of keyword arguments for ``model``; None takes
+    ``config.calibration``, batches too or the path of a text file. It may be None in both where nothing is measured: round
+    to nearest with ``config.salient`` 0 or 1. Layers that are handed the very same tensor (q, k and v; gate and up) share
+    one mask and, in eager mode, one encoding.
 
-    Works layer by layer, and swaps at the end: at its peak it holds the model, the packed layers (an eighth of a float32
-    model) and one layer's working space. If anything fails the model is as it was. Returns a report.
+    ``config.pipeline="rtn"`` runs each batch once through the model as it is, adding up the saliency of every channel, and
+    rounds layer by layer: at its peak it holds the model, the packed layers (an eighth of a float32 model) and one layer's
+    working space. ``"gptq"`` and ``"omniquant"`` go block by block, each fitted to what the quantized blocks before it hand
+    on; they hold one block more, and the hidden states of all batches. ``config.rotate`` works on a copy of the model.
+    seed: of rotations and training; the same seed gives the same bits.
+
+    The layers are swapped at the end: if anything fails the model is as it was. Returns a report.
 
     Raises ValueError for a model without linear layers, a layer with NaN or Inf or that does not fit ``group_size`` (it is
     named), an empty calibration set or one that misses a layer; TypeError for batches of another kind.
     SpikeLLM, arXiv 2407.04752.
     """
     config = config or SpikeConfig()
-    if config.pipeline != "rtn" or config.rotate or config.weight_bits != 4 or config.act_clip != 1:
-        raise ValueError("spike_: this version converts with pipeline='rtn', weight_bits=4 and act_clip=1 only")
+    check_supported(config)
     if type(model) is nn.Linear:
         raise ValueError(
             "spike_: the model is itself one nn.Linear and cannot be replaced in place; use SpikingLinear.from_linear"
         )
+    if calibration is None and config.calibration is not None:
+        calibration = own_calibration(model, config.calibration)
     layers, skipped = find_linears(model, config.skip)
     if not layers:
         left = f" outside {', '.join(config.skip)}" if skipped else ""
         raise ValueError(f"spike_: {type(model).__name__} has no nn.Linear layer{left}; there is nothing to convert")
     for name, linear in layers.items():
         check_convertible(f"spike_: {name}", linear, config)
-    observer = _observe(model, layers, config, calibration)
-    tokens = max(reader.tokens for reader in observer.readers.values())
-    with torch.no_grad():
-        replacements, reports = _convert(layers, _masks(observer, config), config)
-    replace_modules(model, replacements)
-    return SpikeReport(config, reports, skipped, tokens)
+    target = model
+    if config.rotate:
+        model = _rotated(model, seed)
+        layers, skipped = find_linears(model, config.skip)
+    done = _converted(model, layers, config, calibration, seed)
+    reports = [report_layer(name, layers[name], made) for name, made in done.made.items()]
+    for name, made in done.made.items():
+        made.module.train(layers[name].training)
+    parameters = dict(model.named_parameters())
+    replace_modules(model, {id(layers[name]): made.module for name, made in done.made.items()})
+    for name, value in done.values.items():
+        parameters[name].data = value
+    if model is not target:
+        target.__dict__.update(model.__dict__)
+    return SpikeReport(config, reports, skipped, done.tokens)
 
 
 def unspike_(model: nn.Module) -> nn.Module:

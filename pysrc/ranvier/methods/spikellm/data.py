@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CALIBRATION_TOKENS = 16384  # of a text file: 32 windows of 512
 WIKITEXT2 = Path("wikitext2-test") / "wikitext2-raw-test.txt"
 
 
@@ -62,3 +64,26 @@ def calibration_batches(tokenizer: Any, text: str, tokens: int = 2048, window: i
     if ids.numel() == 0:
         raise ValueError("calibration_batches: the text has no tokens; pass a longer one")
     return iter(ids[None].split(window, dim=1))
+
+
+def own_calibration(model: Any, calibration: Any) -> Any:
+    """``SpikeConfig.calibration`` as batches for this model: batches stay, the path of a text file is read.
+
+    The text is cut into windows by the tokenizer in the folder that the model came from (``model.name_or_path``).
+    Raises ValueError for a model without one, OSError for an unreadable file.
+    """
+    if not isinstance(calibration, (str, os.PathLike)):
+        return calibration
+    folder, library = getattr(model, "name_or_path", "") or "", sys.modules.get("transformers")
+    text = Path(calibration).read_text(encoding="utf-8")
+    try:
+        if library is None or not folder:
+            raise ValueError("the model says of no folder that it came from")
+        tokenizer = library.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"spike_: calibration is the text file {calibration}, and the model's tokenizer cannot be found ({reason});"
+            " pass batches of token ids, as calibration_batches makes them"
+        ) from error
+    return calibration_batches(tokenizer, text, CALIBRATION_TOKENS)

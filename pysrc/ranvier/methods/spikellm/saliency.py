@@ -60,6 +60,18 @@ def first_order_saliency(x: Tensor, weight: Tensor, gram: Tensor | None = None) 
     return (x * ((x @ weight.T) @ weight)).sum(0)
 
 
+def second_order_saliency(weight: Tensor, hessian: Tensor, percdamp: float = 0.01) -> Tensor:
+    """Optimal Brain Surgeon's cost of the channels' weights: sum_i W_ij^2 / [(H + lambda I)^-1]_jj, float32 [K].
+
+    weight [N, K]; hessian X^T X [K, K] by any factor. The scores of layers that read the same tensor add up. SpikeLLM,
+    arXiv 2407.04752, section 3.3; the metric of weight spikes.
+    """
+    hessian = hessian.float().clone()
+    hessian.diagonal().add_(percdamp * hessian.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return weight.detach().float().square().sum(0) / inverse.diagonal()
+
+
 @dataclass
 class _Reader:
     """One linear layer under observation."""
@@ -84,6 +96,7 @@ class SaliencyObserver:
             name: _Reader(name, layer, torch.zeros(layer.in_features, device=layer.weight.device))
             for name, layer in layers.items()
         }
+        self.sequence: list[str] = []  # layers in the order of their first calls
         self._score, self._handles = score, []
         self._seen: tuple | None = None
 
@@ -104,6 +117,8 @@ class SaliencyObserver:
         x = args[0] if args else kwargs["input"]
         leader, gram = self._leader(reader, x)
         reader.leaders.add(leader)
+        if reader.calls == 0:
+            self.sequence.append(reader.name)
         reader.calls += 1
         flat = x.detach().reshape(-1, x.shape[-1])
         reader.tokens += flat.shape[0]

@@ -1,0 +1,50 @@
+"""Second moments of what a layer sees: X^^T X^ of its encoded inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ranvier.config import SpikeConfig
+from ranvier.nn.spike_linear import SpikingLinear
+
+
+def encoder(channels: int, mask: Tensor, config: SpikeConfig) -> SpikingLinear:
+    """A layer of one output, for what its codes make of an input (``dequantized_input``)."""
+    layer = SpikingLinear(channels, 1, False, config, int(mask.sum()), mask.device)
+    layer.salient_mask = mask
+    return layer
+
+
+class GramObserver:
+    """Adds up X^^T X^ over tokens, float32 [K, K] a layer, while a model runs; a context manager.
+
+    X^ is what a layer's spike codes stand for, its own inputs where ``config.act_bits`` is None.
+    """
+
+    def __init__(self, layers: dict[str, nn.Linear], masks: dict[str, Tensor], config: SpikeConfig) -> None:
+        self.hessians: dict[str, Tensor] = {}
+        self._layers, self._encoders, self._handles = layers, {}, []
+        for name, layer in layers.items():
+            size = (layer.in_features, layer.in_features)
+            self.hessians[name] = torch.zeros(size, device=layer.weight.device)
+            self._encoders[name] = encoder(layer.in_features, masks[name], config)
+
+    def __enter__(self) -> GramObserver:
+        for name, layer in self._layers.items():
+            hook = layer.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: self._observe(name, args[0] if args else kwargs["input"]), with_kwargs=True
+            )
+            self._handles.append(hook)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _observe(self, name: str, x: Tensor) -> None:
+        flat = x.detach().reshape(-1, x.shape[-1])
+        if flat.shape[0]:
+            seen = self._encoders[name].dequantized_input(flat).float()
+            self.hessians[name].addmm_(seen.T, seen)
