@@ -21,10 +21,11 @@ RANVIER_INLINE std::int64_t window_of(const SpikeFormat& f, std::int64_t range, 
 // Written as asm because GCC 12 copies, and then spills, the accumulators around the intrinsic.
 RANVIER_INLINE void add(__m256i& acc, __m256i pairs) { __asm__("vpaddw %1, %0, %0" : "+x"(acc) : "x"(pairs)); }
 
+// Not inlined: what the caller keeps in registers would push the accumulators out of them.
 // acc[i][0..7] and [16..23] (half 0) or [8..15] and [24..31] (half 1) += c * q over the blocks
 template <int R>
-void dot(const std::uint8_t* weight, const std::int8_t* codes, std::int64_t stride, std::int64_t blocks, std::int64_t window,
-         std::int32_t (*acc)[kOutputBlock]) {
+__attribute__((noinline)) void dot(const std::uint8_t* weight, const std::int8_t* codes, std::int64_t stride,
+                                   std::int64_t blocks, std::int64_t window, std::int32_t (*acc)[kOutputBlock]) {
   const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   for (std::int64_t k = 0; k < blocks;) {
     const std::int64_t stop = blocks - k < window ? blocks : k + window;
@@ -59,8 +60,8 @@ void dot(const std::uint8_t* weight, const std::int8_t* codes, std::int64_t stri
 }
 
 // One token reads whole blocks: the stream from memory stays sequential.
-void dot_one(const std::uint8_t* weight, const std::int8_t* codes, std::int64_t stride, std::int64_t blocks,
-             std::int64_t window, std::int32_t* acc) {
+__attribute__((noinline)) void dot_one(const std::uint8_t* weight, const std::int8_t* codes, std::int64_t stride,
+                                       std::int64_t blocks, std::int64_t window, std::int32_t* acc) {
   const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   __m256i* sums = reinterpret_cast<__m256i*>(acc);
   for (std::int64_t k = 0; k < blocks;) {

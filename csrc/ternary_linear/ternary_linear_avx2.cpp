@@ -44,8 +44,8 @@ RANVIER_INLINE __m256i four_codes(const std::int8_t* codes) {
 
 // acc[i][0..7] and [16..23] (half 0) or [8..15] and [24..31] (half 1) += c * q over the blocks of four channels
 template <int R>
-void dot_two_bit(const std::uint8_t* weight, const std::int8_t* codes, std::int64_t stride, std::int64_t blocks,
-                 std::int64_t window, std::int32_t (*acc)[kOutputBlock]) {
+__attribute__((noinline)) void dot_two_bit(const std::uint8_t* weight, const std::int8_t* codes, std::int64_t stride,
+                                           std::int64_t blocks, std::int64_t window, std::int32_t (*acc)[kOutputBlock]) {
   const __m256i ones = _mm256_set1_epi16(1);
   const std::int64_t pairs = blocks / 2, pair_window = window / 2;
   for (std::int64_t k = 0; k < pairs;) {

@@ -123,16 +123,23 @@ def pack_ternary(q: Tensor, scale: Tensor, zero: Tensor, salient_mask: Tensor | 
     return PackedWeight(torch.cat(parts, 1).contiguous(), *(_by_block(table) for table in tables), None)
 
 
+def unpack_ordered(packed: Tensor, form: TernaryFormat, out_features: int) -> Tensor:
+    """The codes q uint8 [N, K], ordinary channels first."""
+    parts = []
+    pieces = zip(packed.split(form.blocks, 1), form.lengths, form.salient_ranges, strict=True)
+    for piece, length, salient in pieces:
+        if salient:
+            parts.append(unpack_codes(piece, [length], out_features))
+        else:
+            parts.append(_unpack_two_bit(piece, length, out_features))
+    return torch.cat(parts, 1)
+
+
 def unpack_ternary(
     weight: PackedWeight, salient_mask: Tensor | None, form: TernaryFormat, out_features: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of :func:`pack_ternary`: q, scale, zero. Where all channels are of one kind both columns are that one's."""
-    parts = []
-    pieces = zip(weight.packed.split(form.blocks, 1), form.lengths, form.salient_ranges, strict=True)
-    for packed, length, salient in pieces:
-        unpack = unpack_codes(packed, [length], out_features) if salient else None
-        parts.append(_unpack_two_bit(packed, length, out_features) if unpack is None else unpack)
-    q = torch.cat(parts, 1)
+    q = unpack_ordered(weight.packed, form, out_features)
     tables = [_by_output(table, out_features).expand(out_features, 2) for table in (weight.scale, weight.zero)]
     if len(form.lengths) == 2:
         natural = torch.empty_like(q)
