@@ -16,16 +16,14 @@ RANVIER_INLINE Nibbles fields(__m512i packed) {
   return {_mm512_and_si512(low, mask), _mm512_and_si512(_mm512_srli_epi16(packed, 4 * Half + 2), mask)};
 }
 
-// Two lines ahead as in `unpack`, at half the blocks: each takes twice as long.
-template <bool Near>
+// How far ahead memory is asked for. One token uses a block up in a few cycles, so lines are wanted in L2 8 KiB before; with a
+// few tokens as in `unpack`, in half as many blocks, each of which takes twice as long; with many the weights lie in L2.
+template <int R>
 RANVIER_INLINE __m512i load_block(const std::uint8_t* weight) {
   const char* from = reinterpret_cast<const char*>(weight);
-  if constexpr (Near) {
-    _mm_prefetch(from + 16 * kBlockBytes, _MM_HINT_T0);
-  } else {
-    _mm_prefetch(from + 32 * kBlockBytes, _MM_HINT_T1);
-    _mm_prefetch(from + 4 * kBlockBytes, _MM_HINT_T0);
-  }
+  constexpr int kFar = R == 1 ? 128 : 32, kNear = R == 1 ? 32 : R > 8 ? 16 : 4;
+  if constexpr (R <= 8) _mm_prefetch(from + kFar * kBlockBytes, _MM_HINT_T1);
+  _mm_prefetch(from + kNear * kBlockBytes, _MM_HINT_T0);
   return _mm512_loadu_si512(weight);
 }
 
@@ -34,7 +32,7 @@ RANVIER_INLINE void dot_one_two_bit(const std::uint8_t* weight, const std::int8_
                                     __m512i& b) {
   __m512i a1 = _mm512_setzero_si512(), b1 = _mm512_setzero_si512();
   for (std::int64_t k = 0; k < pairs; ++k, weight += kBlockBytes, codes += 8) {
-    const __m512i packed = load_block<true>(weight);
+    const __m512i packed = load_block<1>(weight);
     const Nibbles first = fields<0>(packed), second = fields<1>(packed);
     const __m512i c0 = _mm512_set1_epi32(load32(codes)), c1 = _mm512_set1_epi32(load32(codes + 4));
     dot(a, first.low, c0);
@@ -61,7 +59,7 @@ void add_two_bit(const SpikeProduct& p, std::int64_t block, std::int64_t m, cons
     weight += blocks / 2 * kBlockBytes, codes += blocks / 2 * 8;
   } else {
     for (std::int64_t k = 0; k < blocks / 2; ++k, weight += kBlockBytes, codes += 4 * R) {
-      const __m512i packed = load_block<(R > 8)>(weight);
+      const __m512i packed = load_block<R>(weight);
       Nibbles q = fields<0>(packed);
       RANVIER_ROWS(RANVIER_DOT)
       q = fields<1>(packed);
