@@ -70,13 +70,18 @@ class TernaryFormat(SpikeFormat):
         return super()._fault
 
 
-_known_format = lru_cache(maxsize=4096, typed=True)(TernaryFormat)
-
-
 def ternary_format(channels: int, salient_count: int, act_bits: int = 8) -> TernaryFormat:
-    """The format of these values; remembered, but not where K is a compiler's symbol."""
-    make = _known_format if type(channels) is int else TernaryFormat
-    return make(channels, salient_count, act_bits, 1, "shared", "consistent", 0)
+    """The format of a layer of K channels and activations of act_bits."""
+    return TernaryFormat(channels, salient_count, act_bits, 1, "shared", "consistent", 0)
+
+
+_known_format = lru_cache(maxsize=4096, typed=True)(ternary_format)
+
+
+def _format_of(channels: int, salient_count: int, act_bits: int = 8) -> TernaryFormat:
+    """The same, remembered with all that follows from it; not where K is a compiler's symbol."""
+    make = _known_format if type(channels) is int else ternary_format
+    return make(channels, salient_count, act_bits)
 
 
 def _pack_two_bit(q: Tensor) -> Tensor:
@@ -182,7 +187,7 @@ def _reference_product(codes: Tensor, code_scale: Tensor, args: tuple, form: Ter
 def check_codes(codes: Tensor, scale: Tensor, *rest) -> None:
     *args, dtype = rest
     weight, mask, bias, out, count = _split(tuple(args))
-    form = ternary_format(codes.shape[-1] if codes.ndim else 0, count)
+    form = _format_of(codes.shape[-1] if codes.ndim else 0, count)
     check_layer("ternary_linear", codes.device, weight, mask, bias, form, out)
     check_device("ternary_linear", codes.device, scale=scale)
     lead = tuple(codes.shape[:-1])
@@ -197,7 +202,7 @@ def fake_codes(codes: Tensor, scale: Tensor, *rest) -> Tensor:
 
 
 def cpu_codes(codes: Tensor, scale: Tensor, *rest) -> Tensor:
-    form = ternary_format(codes.shape[-1], rest[6])
+    form = _format_of(codes.shape[-1], rest[6])
     y, codes, scale = fake_codes(codes, scale, *rest), codes.contiguous(), scale.contiguous()
     description, held = _native(rest[:-1], form)
     tokens = codes.numel() // form.channels
@@ -207,7 +212,7 @@ def cpu_codes(codes: Tensor, scale: Tensor, *rest) -> Tensor:
 
 
 def reference_codes(codes: Tensor, scale: Tensor, *rest) -> Tensor:
-    return _reference_product(codes, scale, rest[:-1], ternary_format(codes.shape[-1], rest[6]), rest[-1])
+    return _reference_product(codes, scale, rest[:-1], _format_of(codes.shape[-1], rest[6]), rest[-1])
 
 
 op = declare(
@@ -222,7 +227,7 @@ op = declare(
 
 
 def _dynamic_format(x: Tensor, rest: tuple) -> TernaryFormat:
-    return ternary_format(x.shape[-1], rest[6], rest[7])
+    return _format_of(x.shape[-1], rest[6], rest[7])
 
 
 def check_dynamic(x: Tensor, *rest) -> None:
@@ -266,7 +271,7 @@ def backward(ctx, grad: Tensor) -> tuple:
     out, count, act_bits = ctx.options
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        form = ternary_format(ctx.channels, count, act_bits)
+        form = _format_of(ctx.channels, count, act_bits)
         grad_x = grad @ dequantize_ternary(PackedWeight(packed, scale, zero, None), mask, form, out).to(grad.dtype)
     if ctx.has_bias and ctx.needs_input_grad[5]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
