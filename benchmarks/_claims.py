@@ -43,12 +43,10 @@ def print_claims(claims: Iterable[Claim], quiet: bool) -> None:
 
 
 class Rows:
-    """Rows of a run, looked up by provider, shape and M."""
+    """Rows of an op's run, looked up by provider, shape and M."""
 
-    def __init__(self, rows: list[dict]) -> None:
-        self._by_key = {
-            (r["provider"], r["N"], r["K"], r["M"]): r for r in rows if r["metric"] == "time" and r["op"] == "spike_linear"
-        }
+    def __init__(self, rows: list[dict], op: str = "spike_linear") -> None:
+        self._by_key = {(r["provider"], r["N"], r["K"], r["M"]): r for r in rows if r["metric"] == "time" and r["op"] == op}
         self._sweep = [r for r in rows if r["metric"] == "sweep time"]
 
     def get(self, provider: str, shape: tuple[int, int], m: int, column: str) -> float | None:
@@ -115,6 +113,33 @@ def spike_linear_claims(rows: list[dict]) -> list[Claim]:
     small = table.get("torch float32", SMALL, 1, "ratio_to_ours")
     claims.append(Claim("64 x 64 layer at M = 1, times as fast as nn.Linear", small, 1.0))
     return claims
+
+
+def ternary_linear_claims(rows: list[dict]) -> list[Claim]:
+    """What 2-bit weights were to reach on two cores with AVX-512 VNNI; the worst shape counts."""
+    table = Rows(rows, "ternary_linear")
+
+    def bandwidth(shape: tuple[int, int], m: int) -> float | None:
+        """The share of the read bandwidth at 2 bits a weight, salient ones too."""
+        seconds, read = table.get(OURS, shape, m, "value"), table.get(OURS, shape, m, "read_gbs")
+        return None if seconds is None else shape[0] * shape[1] / 4 / (seconds * 1e-6) / (read * 1e9)
+
+    def peer(name: str):
+        return lambda shape, m: table.get(name, shape, m, "ratio_to_ours")
+
+    def claim(text: str, value: Callable, m: int, needed: float) -> Claim:
+        worst, where = table.worst(value, [m], most=False)
+        return Claim(text, worst, needed, detail=where and f"worst at {where}")
+
+    tq2, bfloat16 = peer("llama.cpp TQ2_0"), peer("torch bfloat16")
+    return [
+        claim("M = 1, share of the read bandwidth at 2 bits a weight", bandwidth, 1, 0.70),
+        claim("M = 1, times as fast as llama.cpp TQ2_0", tq2, 1, 1.6),
+        claim("M = 1, times as fast as torch bfloat16", bfloat16, 1, 6.0),
+        claim("M = 512, times as fast as llama.cpp TQ2_0", tq2, 512, 3.0),
+        claim("M = 512, GOPS", lambda shape, m: table.get(OURS, shape, m, "gops"), 512, 220.0),
+        claim("M = 512, share of the limit (VNNI peak)", lambda s, m: table.get(OURS, s, m, "limit_fraction"), 512, 0.85),
+    ]
 
 
 def smollm2_claims(rows: list[dict]) -> list[Claim]:

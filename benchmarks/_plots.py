@@ -16,12 +16,15 @@ _STYLE = {
     "torchao int8 dynamic, compiled": ("#a6761d", "+", 1.3),
     "llama.cpp Q4_0 repacked": ("#1b9e77", "^", 1.6),
     "llama.cpp Q4_K": ("#66a61e", "^", 1.3),
+    "llama.cpp TQ2_0": ("#1b9e77", "^", 1.6),
 }
 _VARIANTS = {
     "ranvier separate": ("separate span", "#d95f02", "o"),
     "ranvier compat": ("compat grid", "#7b3294", "s"),
     "ranvier group 128": ("groups of 128", "#1b9e77", "^"),
     "ranvier W4A8": ("W4A8, no spikes", "#8c8c8c", "D"),
+    "ranvier no salient channel": ("no salient channel", "#1b9e77", "^"),
+    "ranvier 20 % salient": ("20 % salient", "#d95f02", "o"),
 }
 
 
@@ -79,7 +82,9 @@ def _limit(rows: list[dict], shape: tuple[int, int]) -> list[tuple[int, float]]:
     return sorted((r["M"], r["gops"] / r["limit_fraction"]) for r in ours)
 
 
-def plot_linear(rows: list[dict], path: str) -> None:
+def plot_linear(
+    rows: list[dict], path: str, title: str = "A spiking linear layer call: encode, integer product, epilogue"
+) -> None:
     """Above: GOPS against M, a panel a shape, with the machine's limit. Below: what the variants cost."""
     shapes = _shapes(rows)
     figure, axes = _new(2, len(shapes), (4.6 * len(shapes) + 2.7, 7.2), height_ratios=(3, 1), sharex="col")
@@ -116,7 +121,12 @@ def plot_linear(rows: list[dict], path: str) -> None:
     variants = [v[0] for v in _VARIANTS.values() if v[0] in handles]
     for axis, names in ((axes[0][-1], providers), (axes[1][-1], variants)):
         axis.legend([handles[n] for n in names], names, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
-    _finish(figure, rows, path, "A spiking linear layer call: encode, integer product, epilogue")
+    _finish(figure, rows, path, title)
+
+
+def plot_ternary(rows: list[dict], path: str) -> None:
+    """The same of a layer with 2-bit weights."""
+    plot_linear(rows, path, "A linear layer call with 2-bit weights, 5 % salient channels in 4 bits: encode, product, epilogue")
 
 
 def _variant_costs(axis, rows: list[dict], shape: tuple[int, int], handles: dict[str, object]) -> None:

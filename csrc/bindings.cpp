@@ -11,6 +11,7 @@
 #include "machine/machine.h"
 #include "spike_linear/spike_linear.h"
 #include "weight_only_linear/weight_only_linear.h"
+#include "ternary_linear/ternary_linear.h"
 
 namespace py = pybind11;
 
@@ -108,6 +109,16 @@ void bind_spike(py::module_& m) {
                                      at<std::int32_t>(zero), M, at<void>(y), static_cast<DType>(dtype));
     }
     raise_on(status, "spike_linear");
+  });
+  m.def("ternary_linear", [](const py::bytes& layer, Address codes, Address scale, std::int64_t M, Address y,
+                             std::int64_t dtype) {
+    const auto l = unpack<SpikeLayer>(layer);
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = ranvier::ternary_linear(l, at<std::int8_t>(codes), at<float>(scale), M, at<void>(y), static_cast<DType>(dtype));
+    }
+    raise_on(status, "ternary_linear");
   });
   m.def("spike_encoding_bytes", [](const py::bytes& layer, std::int64_t M) {
     return ranvier::spike_encoding_bytes(unpack<SpikeLayer>(layer).format, M);

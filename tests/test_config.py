@@ -49,6 +49,7 @@ def test_every_field_is_checked_by_name(field: str, value: object) -> None:
         ("act_bits", {"act_bits": 8, "steps": 1, "grid": "compat"}),
         ("steps", {"weight_bits": 2, "act_bits": 8, "steps": 6}),
         ("steps", {"weight_bits": 2, "act_bits": 8, "steps": 8, "weight_grid": "ternary"}),
+        ("steps", {"weight_bits": 2, "act_bits": 8, "steps": 3, "grid": "compat"}),
         ("group_size", {"weight_bits": 2, "group_size": 64}),
     ],
 )

@@ -1,6 +1,7 @@
 """llama.cpp's own kernels, called in the ggml libraries of llama-cpp-python: no model, no tokenizer, one product.
 
-Q4_0 lies in the buffers into which ggml repacks it for this processor ("CPU_REPACK"), Q4_K in a plain buffer. A call
+Q4_0 lies in the buffers into which ggml repacks it for this processor ("CPU_REPACK"), Q4_K and TQ2_0 (ternary, 2.06 bits a
+weight) in a plain buffer. A call
 is one graph of one ggml_mul_mat of float32 activations, which ggml quantizes to 8 bits itself, on as many threads as
 torch has.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from peers.base import INT8_INPUT, Bound, Layers, Peer, call_bytes
 
-TYPES = {"Q4_0": 2, "Q4_K": 12}  # enum ggml_type
+TYPES = {"Q4_0": 2, "Q4_K": 12, "TQ2_0": 35}  # enum ggml_type
 FLOAT32 = 0
 SUCCESS = 0
 
@@ -192,3 +193,4 @@ PEERS = [
     Peer("llama.cpp Q4_0 repacked", "float32", _load("Q4_0", True), multiple=32, **_INSTALL),
     Peer("llama.cpp Q4_K", "float32", _load("Q4_K", False), multiple=256, **_INSTALL),
 ]
+TERNARY_PEERS = [Peer("llama.cpp TQ2_0", "float32", _load("TQ2_0", False), multiple=256, **_INSTALL)]

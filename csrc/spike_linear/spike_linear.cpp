@@ -6,6 +6,7 @@
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/scratch.h"
+#include "ternary_linear/ternary_linear.h"
 
 namespace ranvier {
 namespace {
@@ -68,12 +69,18 @@ SpikeProduct product(const SpikeLayer& layer, std::int64_t M, const Encoding& e,
   return p;
 }
 
-Status run(const SpikeProduct& p) {
+// A layer's kernel; nullptr where its weights do not go with its format.
+SpikeLinearBlock kernel_of(const SpikeLayer& layer) {
+  if (layer.weight_bits == 4) return spike_linear_block();
+  return layer.weight_bits == 2 && is_ternary_format(layer.format) ? ternary_linear_block() : nullptr;
+}
+
+Status run(const SpikeProduct& p, SpikeLinearBlock kernel) {
+  if (kernel == nullptr) return Status::bad_shape;
   if (p.M == 0 || p.N == 0) return Status::ok;
   if (p.weight == nullptr || p.weight_scale == nullptr || p.weight_zero == nullptr || p.y == nullptr)
     return Status::null_pointer;
   if (p.format.compat && p.weight_sum == nullptr) return Status::null_pointer;
-  const SpikeLinearBlock kernel = spike_linear_block();
   const std::int64_t blocks = (p.N + kOutputBlock - 1) / kOutputBlock, tiles = p.tiles();
   // Few outputs: share the tokens too, so that every thread finds several tasks.
   const std::int64_t wanted = 8 * num_threads(), most = tiles < 1 ? 1 : tiles;
@@ -168,7 +175,7 @@ Status spike_linear(const SpikeLayer& layer, const std::int8_t* codes, const flo
     std::memcpy(row, from, static_cast<std::size_t>(f.range_length(0)));
     if (f.ranges == 2) std::memcpy(row + 4 * f.blocks(0), from + f.low, static_cast<std::size_t>(f.K - f.low));
   });
-  return filled == Status::ok ? run(product(layer, M, e, y, y_dtype)) : filled;
+  return filled == Status::ok ? run(product(layer, M, e, y, y_dtype), kernel_of(layer)) : filled;
 }
 
 std::int64_t spike_encoding_bytes(const SpikeFormat& f, std::int64_t M) { return encoding_at(f, M, nullptr).bytes; }
@@ -187,7 +194,8 @@ Status spike_encode_panels(const SpikeFormat& f, const std::uint8_t* mask, const
 
 Status spike_linear_panels(const SpikeLayer& layer, const void* encoding, std::int64_t M, void* y, DType y_dtype) {
   if (const Status s = check_format(layer.format); s != Status::ok) return s;
-  return run(product(layer, M, encoding_at(layer.format, M, const_cast<void*>(encoding)), y, y_dtype));
+  const Encoding e = encoding_at(layer.format, M, const_cast<void*>(encoding));
+  return run(product(layer, M, e, y, y_dtype), kernel_of(layer));
 }
 
 Status spike_linear_dynamic(const SpikeLayer& layer, const void* x, std::int64_t x_stride, DType dtype, std::int64_t M, void* y,

@@ -28,6 +28,7 @@ struct SpikeLayer {
   std::int64_t weight_sum;    // int32 [N/32][groups][32]; compat only, else 0
   std::int64_t bias;          // [N] or 0
   std::int64_t bias_dtype;    // DType
+  std::int64_t weight_bits;   // 4, or 2: the weights of ternary_linear/ternary_linear.h
 };
 
 // One call, ready for the kernels.

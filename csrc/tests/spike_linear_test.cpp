@@ -102,7 +102,8 @@ struct Problem {
             weight_zero.address(),
             f.compat ? weight_sum.address() : 0,
             has_bias ? bias.address() : 0,
-            static_cast<std::int64_t>(bias_dtype)};
+            static_cast<std::int64_t>(bias_dtype),
+            4};
   }
 
   Status run(void* y, DType dtype) const {

@@ -105,6 +105,8 @@ class SpikeConfig:
             return
         if self.group_size is not None:
             raise ValueError(f"SpikeConfig.group_size is {self.group_size} with weight_bits=2; allowed is None")
+        if self.weight_grid == "uniform" and self.grid == "compat" and self.steps & (self.steps - 1):
+            raise ValueError(f"SpikeConfig.steps is {self.steps} with grid='compat'; allowed are powers of two")
         levels = 2 * self.steps + 1 if self.weight_grid == "ternary" else 3 * self.steps + 1
         if levels > SALIENT_WEIGHT_LEVELS:
             raise ValueError(

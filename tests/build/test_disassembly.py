@@ -144,16 +144,22 @@ def writes_memory(i: Instruction) -> bool:
 DOTS = {"avx512vnni": "vpdpbusd", "avx2": "vpmaddubsw"}
 
 
-def dot_loops(core: Path, level: str) -> list[list[Instruction]]:
-    functions = disassemble(core / f"spike_linear/spike_linear_{level}.cpp.o")
+def dot_loops(core: Path, level: str, stem: str = "spike_linear") -> list[list[Instruction]]:
+    functions = disassemble(core / f"{stem}/{stem}_{level}.cpp.o")
     found = [loop for body in functions.values() for loop in loops(body)]
     return [loop for loop in found if sum(i.mnemonic == DOTS[level] for i in loop) >= 4]
 
 
-@pytest.mark.parametrize(("level", "count"), [("avx512vnni", 12 + 8), ("avx2", 4)])
-def test_dot_loops_spill_nothing(core: Path, level: str, count: int) -> None:
+@pytest.mark.parametrize(
+    ("stem", "level", "count"),
+    [
+        ("spike_linear", "avx512vnni", 12 + 8), ("spike_linear", "avx2", 4),
+        ("ternary_linear", "avx512vnni", 12 + 12), ("ternary_linear", "avx2", 4 + 4),
+    ],
+)  # fmt: skip
+def test_dot_loops_spill_nothing(core: Path, stem: str, level: str, count: int) -> None:
     """In no loop of dot products, of one token or of many, does an accumulator or anything else go through the stack."""
-    found = dot_loops(core, level)
+    found = dot_loops(core, level, stem)
     assert len(found) >= count
     for loop in found:
         assert not [i for i in loop if writes_memory(i)]
@@ -168,6 +174,14 @@ def test_hot_loop_keeps_24_accumulators_in_registers(core: Path) -> None:
     assert len(hot_dots) == len(accumulators) == 24 and all(re.fullmatch(r"%zmm\d+", a) for a in accumulators)
     # The weights are loaded and split once, each token's codes are broadcast once.
     assert len(hot) <= 24 + 12 + 10
+
+
+def test_two_bit_loop_splits_a_block_once(core: Path) -> None:
+    """A block of eight channels: 48 dot products of 12 tokens into 24 registers, one load and seven operations to split it."""
+    hot = max(dot_loops(core, "avx512vnni", "ternary_linear"), key=lambda loop: sum("vpdpbusd" in i for i in loop))
+    hot_dots = [i for i in hot if i.mnemonic == "vpdpbusd"]
+    assert len(hot_dots) == 48 and len({i.operands.split(",")[-1] for i in hot_dots}) == 24
+    assert len(hot) <= 48 + 24 + 14
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from spiking import CONFIGS, linear, spiking, tokens
 
 from ranvier import SpikeConfig
 from ranvier.cli import main
-from ranvier.nn import SpikingLinear
+from ranvier.nn import SpikingLinear, TernaryLinear
 from ranvier.ops import spike_encode
 from ranvier.ops._declare import OPS
 from ranvier.ops._matrix import COLUMNS, markdown_matrix
@@ -30,11 +30,17 @@ def call_of(name: str) -> list:
     form, weight = layer.format, layer.packed_weight
     rule = (form.act_bits, form.steps, form.span, form.grid, form.group_size)
     given = _arguments(weight, layer.salient_mask, layer.bias.detach(), form, layer.out_features)
+    ternary = TernaryLinear.from_linear(linear(), None, layer.salient_mask)
+    ternary_rest = (ternary.salient_mask, ternary.bias.detach(), ternary.out_features, ternary.salient_count)
     return {
         "spike_encode": lambda: [x, layer.salient_mask, form.salient_count, *rule],
         "spike_linear": lambda: [*spike_encode(x, layer.salient_mask, **form.rule), *given, torch.float32],
         "spike_linear_dynamic": lambda: [x, *given],
         "weight_only_linear": lambda: [x, *weight_only.packed_weight[:3], layer.bias.detach(), layer.out_features, 0],
+        "ternary_linear": lambda: [
+            *spike_encode(x, act_bits=8, steps=1)[:2], *ternary.packed_weight[:3], *ternary_rest, torch.float32,
+        ],
+        "ternary_linear_dynamic": lambda: [x, *ternary.packed_weight[:3], *ternary_rest, 8],
         "spike_events": lambda: [
             torch.tensor([[3, 0, -2]], dtype=torch.int32), torch.ones(3, 5, dtype=torch.int16),
             torch.zeros(3, dtype=torch.int64), 1, "unary", 1,

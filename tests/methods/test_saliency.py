@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ranvier
 from ranvier.methods.spikellm import first_order_saliency, salient_mask
-from ranvier.methods.spikellm.saliency import SaliencyObserver, gram_is_cheaper, salient_channels
+from ranvier.methods.spikellm.saliency import SaliencyObserver, gram_is_cheaper, salient_channels, weight_saliency
 
 # M, N, K: few tokens, where token by token needs fewer operations, and many, where the closed form does.
 SIZES = [(5, 40, 96), (1, 1, 1), (300, 64, 32), (256, 48, 40)]
@@ -378,3 +378,50 @@ def test_without_scores_only_readers_are_seen() -> None:
     assert all(left != (8, 300) and right[1] != 8 for left, right in products.shapes)
     assert ["a", "b", "c"] in observer.groups() and observer.readers["inner.d"].tokens == 300
     assert not any(reader.scores.any() for reader in observer.readers.values())
+
+
+# --- second order -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damp", [0.01, 0.3])
+@sizes
+def test_weight_saliency_is_the_dense_formula(size: tuple[int, int, int], damp: float) -> None:
+    """sum_n w^2 / [chol(H^-1)]_jj^2 with the inverse and its Cholesky factor written out in float64."""
+    x, weight = drawn(size)
+    hessian = x.T @ x
+    damped = hessian.double() + damp * hessian.double().diagonal().mean() * torch.eye(size[2]).double()
+    lower = torch.linalg.cholesky(torch.linalg.inv(damped))
+    expected = weight.double().square().sum(0) / lower.diagonal().square()
+    # Inverting loses as many digits as H's condition has: below 1e5 here, of 16.
+    torch.testing.assert_close(weight_saliency(weight, hessian, damp), expected, rtol=1e-9, atol=0)
+
+
+def test_weight_saliency_is_the_cost_of_removing_a_column() -> None:
+    """For one channel left, or independent ones, it is the output's squared change; a silent channel costs nothing."""
+    x, weight = drawn((300, 24, 8))
+    x[:, 3] = 0.0
+    last = (x[:, 7:] @ weight[:, 7:].T).double().square().sum()
+    scores = weight_saliency(weight, x.T @ x, damp=0.0)
+    torch.testing.assert_close(scores[7], last, rtol=1e-5, atol=0)
+    assert scores[3] == 0 and (scores[[0, 1, 2, 4, 5, 6]] > 0).all()
+    independent = torch.diag(torch.arange(1.0, 9.0))
+    torch.testing.assert_close(
+        weight_saliency(weight, independent, 0.0), weight.double().square().sum(0) * torch.arange(1.0, 9.0).double()
+    )
+
+
+@pytest.mark.parametrize(
+    ("says", "weight", "hessian", "damp"),
+    [
+        (r"\[3, 3\]", torch.ones(2, 4), torch.eye(3), 0.01),
+        ("damp is -1", torch.ones(2, 3), torch.eye(3), -1),
+        ("NaN or Inf", torch.full((2, 3), torch.nan), torch.eye(3), 0.01),
+        ("NaN or Inf", torch.ones(2, 3), torch.eye(3) * torch.inf, 0.01),
+        ("raise damp", torch.ones(2, 3), torch.ones(3, 3) - 2 * torch.eye(3), 0.0),
+        ("raise damp", torch.ones(2, 3), torch.ones(3, 3), 0.0),
+    ],
+)
+def test_weight_saliency_refuses(says: str, weight: Tensor, hessian: Tensor, damp: float) -> None:
+    """Shapes that do not belong together, a negative damp, what is not finite or not positive definite."""
+    with pytest.raises(ValueError, match=says):
+        weight_saliency(weight, hessian, damp)

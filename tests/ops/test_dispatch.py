@@ -39,6 +39,12 @@ def bias_of(dtype: torch.dtype = torch.float32, *, grad: bool = False) -> Tensor
     return torch.randn(N, generator=generator(5)).to(dtype).requires_grad_(grad)
 
 
+def ternary_layer(share: float) -> ranvier.nn.TernaryLinear:
+    source = torch.nn.Linear(K, N)
+    source.weight.data = torch.randn(N, K, generator=generator(3))
+    return ranvier.nn.TernaryLinear.from_linear(source, None, random_mask(K, share, generator(2)))
+
+
 def samples(name: str) -> list[tuple]:
     """Arguments in the schema's order; a new op needs its own line here."""
     rules = [(rule, group) for rule in MAIN_RULES for group in (0, 32)]
@@ -59,6 +65,18 @@ def samples(name: str) -> list[tuple]:
             arguments = layer_arguments(rule, bias_of(), group)
             encoded = spike_encode(tokens(), arguments[4], **rule, group_size=group)
             found.append((*encoded, *arguments, DTYPES[group % 3]))
+        return found
+    if name in ("ternary_linear", "ternary_linear_dynamic"):
+        found = []
+        for share, dtype, grad in ((0.3, DTYPES[0], True), (0.0, DTYPES[1], True), (1.0, DTYPES[2], False)):
+            layer = ternary_layer(share)
+            count, mask = layer.salient_count, layer.salient_mask if share else None
+            arguments = (*layer.packed_weight[:3], mask, bias_of(dtype, grad=grad and name != "ternary_linear"), N, count)
+            if name == "ternary_linear":
+                encoded = spike_encode(tokens(dtype), act_bits=8, steps=1)
+                found.append((encoded.codes, encoded.scale, *arguments, dtype))
+            else:
+                found.append((tokens(dtype, grad=grad), *arguments, 8))
         return found
     if name == "spike_events":
         codes = torch.randint(-15, 16, (M, K), generator=generator(), dtype=torch.int32)

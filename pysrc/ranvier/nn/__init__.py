@@ -1,5 +1,6 @@
 """Drop-in torch modules over the compiled kernels."""
 
 from ranvier.nn.spike_linear import SpikeGroup, SpikingLinear
+from ranvier.nn.ternary_linear import TernaryLinear
 
-__all__ = ["SpikeGroup", "SpikingLinear"]
+__all__ = ["SpikeGroup", "SpikingLinear", "TernaryLinear"]

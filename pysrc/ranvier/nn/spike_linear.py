@@ -113,11 +113,11 @@ class SpikingLinear(nn.Module):
         """An empty layer of this shape, to load a state into."""
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.config = config or SpikeConfig()
+        self.config = config or self.default_config()
         self.salient_count = salient_count
         self.dtype = dtype or torch.get_default_dtype()
         form = self.format
-        form.check("SpikingLinear")
+        form.check(type(self).__name__)
         rows, groups = -(-out_features // 32), sum(form.groups)
         table = {"size": (rows, groups, 32), "device": device}
         self.register_buffer("weight_packed", torch.zeros((rows, sum(form.blocks), 64), dtype=torch.uint8, device=device))
@@ -140,8 +140,9 @@ class SpikingLinear(nn.Module):
         Raises TypeError for another kind of layer, ValueError for NaN or Inf in its weight, a mask of another length, or
         a K that is not a multiple of ``config.group_size``. The given layer stays as it is.
         """
-        layer = cls._shell("from_linear", linear, config, salient_mask)
-        return layer._take(pack_weight(linear.weight, layer.salient_mask, layer.format))
+        layer = cls._for(linear, config, salient_mask, "from_linear")
+        layer.packed_weight = layer._quantize(linear.weight)
+        return layer
 
     @classmethod
     def from_quantized(
@@ -161,37 +162,36 @@ class SpikingLinear(nn.Module):
 
         Raises like :meth:`from_linear`, and for tables of another shape or dtype, codes above 15 or scales not above 0.
         """
-        layer = cls._shell("from_quantized", linear, config, salient_mask)
-        check_is_tensor("SpikingLinear.from_quantized", "q", q)
-        check_tensor("SpikingLinear.from_quantized", "q", q, torch.uint8, tuple(linear.weight.shape))
-        return layer._take(pack_quantized(Quantized(q, scale, zero), layer.salient_mask, layer.format))
+        layer = cls._for(linear, config, salient_mask, "from_quantized")
+        where = f"{cls.__name__}.from_quantized"
+        check_is_tensor(where, "q", q)
+        check_tensor(where, "q", q, torch.uint8, tuple(linear.weight.shape))
+        layer.packed_weight = layer._pack(Quantized(q, scale, zero))
+        return layer
+
+    @staticmethod
+    def default_config() -> SpikeConfig:
+        """What a layer is made by where nothing is said."""
+        return SpikeConfig()
 
     @classmethod
-    def _shell(cls, way: str, linear: nn.Linear, config: SpikeConfig | None, salient_mask: Tensor | None) -> SpikingLinear:
-        """The layer with mask and bias, its weight still empty."""
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"SpikingLinear.{way}: got {type(linear).__name__}; pass a torch.nn.Linear")
-        config = config or SpikeConfig()
-        out_features, in_features = linear.weight.shape
-        check_convertible(f"SpikingLinear.{way}", linear, config)
-        mask = torch.zeros(in_features, dtype=torch.bool) if salient_mask is None else torch.as_tensor(salient_mask)
-        if mask.dtype != torch.bool or tuple(mask.shape) != (in_features,):
-            raise ValueError(
-                f"SpikingLinear.{way}: salient_mask is {mask.dtype} {list(mask.shape)};"
-                f" pass bool [{in_features}], one entry per input channel"
-            )
-        if config.salient_share == 0 and config.act_bits is None and bool(mask.any()):
-            raise ValueError(f"SpikingLinear.{way}: salient_mask with act_bits=None, where nothing spikes; leave it out")
-        mask, weight = mask.to(linear.weight.device), linear.weight
-        layer = cls(in_features, out_features, linear.bias is not None, config, int(mask.sum()), weight.device, weight.dtype)
-        layer.salient_mask = mask.clone() if salient_mask is not None and mask is salient_mask else mask
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
+    def _for(cls, linear: nn.Linear, config: SpikeConfig | None, salient_mask: Any, call: str) -> SpikingLinear:
+        """A layer in place of `linear`, with its mask and bias, whose weight is still to come."""
+        config = config or cls.default_config()
+        mask = check_conversion(cls, call, linear, config, salient_mask)
+        weight, bias = linear.weight, linear.bias
+        shape = (linear.in_features, linear.out_features, bias is not None)
+        layer = cls(*shape, config, int(mask.sum()), weight.device, weight.dtype)
+        layer.salient_mask = mask.clone() if mask is salient_mask else mask
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         return layer.train(linear.training)
 
-    def _take(self, packed: PackedWeight) -> SpikingLinear:
-        self.weight_packed, self.weight_scale, self.weight_zero, self.weight_sum = packed
-        return self
+    def _quantize(self, weight: Tensor) -> PackedWeight:
+        return pack_weight(weight, self.salient_mask, self.format)
+
+    def _pack(self, codes: Quantized) -> PackedWeight:
+        return pack_quantized(codes, self.salient_mask, self.format)
 
     @property
     def format(self) -> SpikeFormat:
@@ -206,6 +206,10 @@ class SpikingLinear(nn.Module):
     def packed_weight(self) -> PackedWeight:
         """The weight's buffers, as the functional calls take them."""
         return PackedWeight(self.weight_packed, self.weight_scale, self.weight_zero, self.weight_sum)
+
+    @packed_weight.setter
+    def packed_weight(self, packed: PackedWeight) -> None:
+        self.weight_packed, self.weight_scale, self.weight_zero, self.weight_sum = packed
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N]. Raises ValueError for another K, TypeError for other dtypes."""
@@ -332,12 +336,28 @@ class SpikingLinear(nn.Module):
     def _resize(self, salient_count: int) -> None:
         self.salient_count = salient_count
         device = self.weight_packed.device
-        empty = SpikingLinear(self.in_features, self.out_features, False, self.config, salient_count, device, self.dtype)
+        empty = type(self)(self.in_features, self.out_features, False, self.config, salient_count, device, self.dtype)
         for name in WEIGHT_BUFFERS:
             setattr(self, name, getattr(empty, name))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_plan": None}
+
+
+def check_conversion(cls: type, call: str, linear: nn.Linear, config: SpikeConfig, salient_mask: Any) -> Tensor:
+    """The mask on the weight's device. Raises TypeError or ValueError for what ``cls.from_linear`` does not take."""
+    where = f"{cls.__name__}.{call}"
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"{where}: got {type(linear).__name__}; pass a torch.nn.Linear")
+    check_convertible(where, linear, config)
+    channels = linear.weight.shape[1]
+    mask = torch.zeros(channels, dtype=torch.bool) if salient_mask is None else torch.as_tensor(salient_mask)
+    if mask.dtype != torch.bool or tuple(mask.shape) != (channels,):
+        got = f"{mask.dtype} {list(mask.shape)}"
+        raise ValueError(f"{where}: salient_mask is {got}; pass bool [{channels}], one entry per input channel")
+    if config.salient_share == 0 and config.act_bits is None and bool(mask.any()):
+        raise ValueError(f"{where}: salient_mask with act_bits=None, where nothing spikes; leave it out")
+    return mask.to(linear.weight.device)
 
 
 def check_convertible(where: str, linear: nn.Linear, config: SpikeConfig) -> None:

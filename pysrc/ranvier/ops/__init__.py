@@ -3,6 +3,15 @@
 from ranvier.ops.spike_encode import SpikeCodes, SpikeFormat, spike_encode
 from ranvier.ops.spike_events import SpikeCounts, SpikeEvents, spike_events, spike_raster
 from ranvier.ops.spike_linear import PackedWeight, pack_weight, spike_linear, spike_linear_dynamic, unpack_weight
+from ranvier.ops.ternary_linear import (
+    TernaryFormat,
+    dequantize_ternary,
+    pack_ternary,
+    ternary_format,
+    ternary_linear,
+    ternary_linear_dynamic,
+    unpack_ternary,
+)
 from ranvier.ops.weight_only_linear import digit_format, weight_only_linear
 
 __all__ = [
@@ -11,13 +20,20 @@ __all__ = [
     "SpikeCounts",
     "SpikeEvents",
     "SpikeFormat",
+    "TernaryFormat",
+    "dequantize_ternary",
     "digit_format",
+    "pack_ternary",
     "pack_weight",
     "spike_encode",
     "spike_events",
     "spike_linear",
     "spike_linear_dynamic",
     "spike_raster",
+    "ternary_format",
+    "ternary_linear",
+    "ternary_linear_dynamic",
+    "unpack_ternary",
     "unpack_weight",
     "weight_only_linear",
 ]

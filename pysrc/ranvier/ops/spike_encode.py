@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class SpikeFormat:
     span: str
     grid: str
     group_size: int = 0
+    weight_bits: ClassVar[int] = 4
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:

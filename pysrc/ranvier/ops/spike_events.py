@@ -23,6 +23,7 @@ from ranvier.ops._args import check_channels, check_device, check_float, check_t
 from ranvier.ops._declare import declare
 from ranvier.ops.spike_encode import SpikeFormat
 from ranvier.ops.spike_linear import PackedWeight, _by_output, unpack_codes
+from ranvier.ops.ternary_linear import unpack_ordered
 from ranvier.reference import spike_events as reference
 from ranvier.reference.spike_encode import channel_order, spike_levels
 from ranvier.reference.spike_events import ENCODINGS
@@ -226,7 +227,8 @@ def weight_columns(layer: SpikingLayer) -> tuple[Tensor, Tensor, int]:
     """What the executor reads: t_k (q - z_w) int16 [K, N] in the codes' order, groups int64 [K], their count."""
     form, weight, out = layer.format, layer.packed_weight, layer.out_features
     groups, ranges = group_index(form.lengths, form.group_size or None, weight.packed.device)
-    signed = unpack_codes(weight.packed, form.lengths, out).to(torch.int16) - _by_output(weight.zero, out)[:, groups]
+    unpack = unpack_ordered if form.weight_bits == 2 else lambda packed, form, out: unpack_codes(packed, form.lengths, out)
+    signed = unpack(weight.packed, form, out).to(torch.int16) - _by_output(weight.zero, out)[:, groups]
     t = _in_order(layer, reference.thresholds(layer.salient_mask, **form.rule))
     return (signed.T * t[:, None].to(torch.int16)).contiguous().cpu(), groups.cpu(), len(ranges)
 

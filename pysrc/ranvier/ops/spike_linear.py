@@ -139,7 +139,7 @@ def layer_description(weight: PackedWeight, mask: Tensor | None, bias: Tensor | 
     mask_address = pointer(mask) if form.salient_count else 0
     bias_dtype = DTYPES[bias.dtype] if bias is not None else 0
     tables = (pointer(weight.packed), pointer(weight.scale), pointer(weight.zero), pointer(weight.sum))
-    return form.packed + struct.pack("8q", out, mask_address, *tables, pointer(bias), bias_dtype)
+    return form.packed + struct.pack("9q", out, mask_address, *tables, pointer(bias), bias_dtype, form.weight_bits)
 
 
 def check_layer(

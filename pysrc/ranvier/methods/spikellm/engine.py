@@ -21,7 +21,7 @@ from ranvier.config import SpikeConfig
 from ranvier.methods.spikellm.blocks import Chain, call_model, capture, find_blocks, replace_modules
 from ranvier.methods.spikellm.gptq import quantize_gptq
 from ranvier.methods.spikellm.grams import GramObserver
-from ranvier.methods.spikellm.saliency import SaliencyObserver, salient_mask, second_order_saliency
+from ranvier.methods.spikellm.saliency import SaliencyObserver, salient_mask, weight_saliency
 from ranvier.nn.spike_linear import SpikeGroup, SpikingLinear
 from ranvier.reference.spike_linear import Quantized
 
@@ -168,7 +168,7 @@ class BlockConverter:
         if hessian is None:
             scores = self.observer.scores(list(names))
         else:
-            scores = sum(second_order_saliency(self.layers[name].weight, hessian) for name in names)
+            scores = sum(weight_saliency(self.layers[name].weight, hessian) for name in names)
         try:
             return salient_mask(scores, self.config.salient_share)
         except ValueError as error:

@@ -5,7 +5,8 @@ First-order activation saliency, signed, of channel j over M tokens:
     S_j = 1/M sum_t x_tj (W^T W x_t)_j = 1/M sum_i (X^T X)_ji (W^T W)_ji
 
 The scores of layers that read the same tensor add up, because stacking their weights adds their W^T W. SpikeLLM,
-arXiv 2407.04752, section 3.3; the released code's threshold.
+arXiv 2407.04752, section 3.3; the released code's threshold. Where the weights spike, their own second-order saliency
+decides: :func:`weight_saliency`.
 """
 
 from __future__ import annotations
@@ -60,16 +61,32 @@ def first_order_saliency(x: Tensor, weight: Tensor, gram: Tensor | None = None) 
     return (x * ((x @ weight.T) @ weight)).sum(0)
 
 
-def second_order_saliency(weight: Tensor, hessian: Tensor, percdamp: float = 0.01) -> Tensor:
-    """Optimal Brain Surgeon's cost of the channels' weights: sum_i W_ij^2 / [(H + lambda I)^-1]_jj, float32 [K].
+def weight_saliency(weight: Tensor, hessian: Tensor, damp: float = 0.01) -> Tensor:
+    """Second-order saliency of each input channel's weights: sum_n w_nj^2 / [chol(H^-1)]_jj^2, float64 [K].
 
-    weight [N, K]; hessian X^T X [K, K] by any factor. The scores of layers that read the same tensor add up. SpikeLLM,
-    arXiv 2407.04752, section 3.3; the metric of weight spikes.
+    What removing a column costs once the columns before it are settled, the others making up for it as well as they can.
+    weight [N, K], hessian [K, K] symmetric (a multiple of X^T X), damp: share of the mean of H's diagonal that is added to
+    it. A channel that never fires (H_jj = 0) scores 0. Raises ValueError for other shapes, a damp below 0, what is not
+    finite, and an H that is not positive definite even so. SpikeLLM, arXiv 2407.04752, section 3.4.
     """
-    hessian = hessian.float().clone()
-    hessian.diagonal().add_(percdamp * hessian.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return weight.detach().float().square().sum(0) / inverse.diagonal()
+    channels = weight.shape[-1]
+    if weight.ndim != 2 or tuple(hessian.shape) != (channels, channels):
+        got = f"weight {list(weight.shape)} and hessian {list(hessian.shape)}"
+        raise ValueError(f"weight_saliency: got {got}; pass [N, K] and [K, K]")
+    if not damp >= 0:
+        raise ValueError(f"weight_saliency: damp is {damp}; allowed are shares from 0 upwards")
+    weight, hessian = weight.double(), hessian.double()
+    if not bool(weight.isfinite().all() and hessian.isfinite().all()):
+        raise ValueError("weight_saliency: the weight or the hessian has NaN or Inf; the calibration inputs are not finite")
+    diagonal = hessian.diagonal()
+    silent = diagonal == 0
+    damped = hessian + torch.diag(damp * diagonal.mean() + silent.double())
+    # H = R R^T with R upper triangular makes chol(H^-1) = R^-T, whose diagonal is 1 / R_jj: no inverse is needed.
+    factor, fault = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if int(fault):
+        raise ValueError(f"weight_saliency: the hessian is not positive definite with damp = {damp}; raise damp")
+    scores = weight.square().sum(0) * factor.diagonal().flip(0).square()
+    return torch.where(silent, 0.0, scores)
 
 
 @dataclass
