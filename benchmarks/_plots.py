@@ -190,3 +190,28 @@ def plot_model(rows: list[dict], path: str) -> None:
         axis.set_xlabel("tokens a second")
     figure.tight_layout(rect=(0, 0.08, 1, 0.94))
     _finish(figure, rows, path, "SmolLM2-135M through transformers, lm_head in float")
+
+
+def plot_quality(rows: list[dict[str, str]], path: str, settings: list[str], windows: str) -> None:
+    """Perplexity over the float32 model's, a line a pipeline over the settings; the other draws as small marks."""
+    shown = [row for row in rows if row["windows"] == windows and not row["group_size"] and row["pipeline"] != "float32"]
+    figure, ((axes,),) = _new(1, 1, (10, 5.5), layout="constrained")
+    palette = ("#8c8c8c", "#1b9e77", "#d95f02", "#7b3294", "#0b4f9e")
+    for pipeline, color in zip(dict.fromkeys(row["pipeline"] for row in shown), palette, strict=False):
+        own = [row for row in shown if row["pipeline"] == pipeline]
+        first = {row["setting"]: float(row["ratio"]) for row in own if row["draw"] == "0"}
+        points = [(i, first[name]) for i, name in enumerate(settings) if name in first]
+        axes.plot(*zip(*points, strict=True), "o-", color=color, label=pipeline, lw=1.6, ms=5)
+        others = [(settings.index(row["setting"]), float(row["ratio"])) for row in own if row["draw"] != "0"]
+        if others:
+            axes.plot(*zip(*others, strict=True), "_", color=color, ms=12)
+    for limit, text in ((1.0, "float32"), (2.0, "twice float32")):
+        axes.axhline(limit, color="#22223b", lw=0.8, ls=":")
+        axes.annotate(text, (len(settings) - 0.6, limit), fontsize=7, va="bottom", ha="right")
+    axes.set_yscale("log")
+    axes.set_yticks((1, 1.35, 2, 5, 10, 30, 100), ("1", "1.35", "2", "5", "10", "30", "100"))
+    axes.set_xticks(range(len(settings)), settings, rotation=20, ha="right")
+    axes.set(ylabel="perplexity / float32's", title=f"SmolLM2-135M, WikiText-2, {windows} windows of 512 tokens")
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)

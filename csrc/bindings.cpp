@@ -11,6 +11,7 @@
 #include "machine/machine.h"
 #include "spike_linear/spike_linear.h"
 #include "ternary_linear/ternary_linear.h"
+#include "weight_only_linear/weight_only_linear.h"
 
 namespace py = pybind11;
 
@@ -155,10 +156,25 @@ void bind_spike(py::module_& m) {
   });
 }
 
+void bind_weight_only(py::module_& m) {
+  m.def("weight_only_linear", [](const py::bytes& layer, Address x, std::int64_t stride, std::int64_t dtype, std::int64_t M,
+                                 std::int64_t digits, Address y, std::int64_t y_dtype) {
+    const auto l = unpack<ranvier::SpikeLayer>(layer);
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = ranvier::weight_only_linear(l, at<void>(x), stride, static_cast<DType>(dtype), M, digits, at<void>(y),
+                                           static_cast<DType>(y_dtype));
+    }
+    raise_on(status, "weight_only_linear");
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of ranvier; call them through ranvier.ops.";
   bind_core(m);
   bind_spike(m);
+  bind_weight_only(m);
 }

@@ -27,6 +27,7 @@ from ranvier.nn import SpikingLinear
         *[("rotate", v) for v in (1, 0, "yes", None)],
         *[("act_clip", v) for v in (0, -0.5, 1.01, "1", True, None, float("nan"))],
         *[("weight_grid", v) for v in ("ternary", "int", None)],
+        *[("saliency", v) for v in ("abs", None, True)],
         *[("skip", v) for v in ("lm_head", (1,), None, ("lm_head", None))],
     ],
 )
@@ -73,6 +74,7 @@ def test_defaults_are_the_papers_w4a4() -> None:
         "rotate": False,
         "act_clip": 1.0,
         "weight_grid": "uniform",
+        "saliency": "signed",
         "calibration": None,
     }
 

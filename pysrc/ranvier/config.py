@@ -11,6 +11,7 @@ GRIDS = ("consistent", "compat")
 GROUP_SIZES = (None, 32, 64, 128)
 WEIGHT_BITS = (4, 2)
 WEIGHT_GRIDS = ("uniform", "ternary")
+SALIENCY = ("signed", "absolute")
 PIPELINES = ("rtn", "gptq", "omniquant")
 SALIENT_WEIGHT_LEVELS = 16  # codes of a salient column of a 2-bit weight are stored in 4 bits
 
@@ -49,6 +50,8 @@ class SpikeConfig:
     rotate: fold a randomized Hadamard rotation into the weights first.
     act_clip: share of a token's range that its codes span, above 0 to 1; values beyond it saturate.
     weight_grid: with ``weight_bits=2``: ``"uniform"``, four levels a step, or ``"ternary"``, spikes of -1, 0 and 1.
+    saliency: which channels count as salient: those with the largest ``"signed"`` scores (the released code) or
+        ``"absolute"`` ones.
     calibration: an iterable of batches, or the path of a text file, for the ways in that take no such argument. It is no
         part of the configuration's value: not compared, not written out.
 
@@ -67,6 +70,7 @@ class SpikeConfig:
     rotate: bool = False
     act_clip: float = 1.0
     weight_grid: str = "uniform"
+    saliency: str = "signed"
     calibration: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +92,7 @@ class SpikeConfig:
         if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not 0 < clip <= 1:
             raise ValueError(f"SpikeConfig.act_clip is {clip!r}; allowed is a share above 0 and up to 1")
         _one_of("weight_grid", self.weight_grid, WEIGHT_GRIDS)
+        _one_of("saliency", self.saliency, SALIENCY)
         object.__setattr__(self, "act_clip", float(clip))
         object.__setattr__(self, "salient", float(salient))
         object.__setattr__(self, "skip", tuple(self.skip))

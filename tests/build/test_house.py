@@ -33,6 +33,7 @@ OTHERS = {
     "tests/ops/test_dispatch.py": "the mechanism of ops/_declare.py, by all ops",
     "tests/nn/test_spike_group.py": "layers that share one encoding: a class of nn/spike_linear.py",
     "benchmarks/smollm2.py": "a whole model",
+    "benchmarks/spikellm.py": "the method: what its pipelines and settings cost in perplexity",
     "benchmarks/peers": "what a user would pick instead",
     "benchmarks/results": "measured results worth keeping",
     "benchmarks/README.md": "how figures are made",

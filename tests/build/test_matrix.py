@@ -7,8 +7,9 @@ import torch
 from compiled import ROOT
 from spiking import CONFIGS, linear, spiking, tokens
 
+from ranvier import SpikeConfig
 from ranvier.cli import main
-from ranvier.nn import TernaryLinear
+from ranvier.nn import SpikingLinear, TernaryLinear
 from ranvier.ops import spike_encode
 from ranvier.ops._declare import OPS
 from ranvier.ops._matrix import COLUMNS, markdown_matrix
@@ -25,6 +26,7 @@ ROWS = {cells[0].strip("`"): dict(zip(COLUMNS, cells, strict=True)) for cells in
 def call_of(name: str) -> list:
     """Arguments that the op takes, its first tensor in front."""
     layer, x = spiking(CONFIGS[0]), tokens()
+    weight_only = SpikingLinear.from_linear(linear(), SpikeConfig(act_bits=None))
     form, weight = layer.format, layer.packed_weight
     rule = (form.act_bits, form.steps, form.span, form.grid, form.group_size)
     given = _arguments(weight, layer.salient_mask, layer.bias.detach(), form, layer.out_features)
@@ -38,6 +40,7 @@ def call_of(name: str) -> list:
             *spike_encode(x, act_bits=8, steps=1)[:2], *ternary.packed_weight[:3], *ternary_rest, torch.float32,
         ],
         "ternary_linear_dynamic": lambda: [x, *ternary.packed_weight[:3], *ternary_rest, 8],
+        "weight_only_linear": lambda: [x, *weight_only.packed_weight[:3], layer.bias.detach(), layer.out_features, 0],
         "spike_events": lambda: [
             torch.tensor([[3, 0, -2]], dtype=torch.int32), torch.ones(3, 5, dtype=torch.int16),
             torch.zeros(3, dtype=torch.int64), 1, "unary", 1,

@@ -121,6 +121,47 @@ def test_generate_prints_prompt_and_continuation(models, capsys):
     assert text.startswith("the node of") and len(text.split()) <= 6
 
 
+# --- spikellm ---------------------------------------------------------------------------------------------------------
+
+
+def test_spikellm_has_the_whole_method(models, capsys, tmp_path):
+    """quantize writes what spike writes, eval and generate are the commands of that name, report writes its page."""
+    options = ["--steps", "4", "--salient", "0.25", "--calibration", str(models / "text.txt"), "--calibration-tokens", "64"]
+    for command in (["spike"], ["spikellm", "quantize"]):
+        assert main([*command, str(models / "plain"), str(tmp_path / command[-1]), *options]) == 0
+    one, other = (ranvier.load(tmp_path / name).state_dict() for name in ("spike", "quantize"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    capsys.readouterr()
+    for command in (
+        ["eval", "MODEL", "--text", str(models / "text.txt"), "--window", "40"],
+        ["generate", "MODEL", "--prompt", "a"],
+    ):
+        found = [str(tmp_path / "spike") if word == "MODEL" else word for word in command]
+        printed = []
+        for prefix in ([], ["spikellm"]):
+            assert main([*prefix, *found]) == 0
+            printed.append(capsys.readouterr().out.split(" s)")[0].rsplit(",", 1)[0])
+        assert printed[0] == printed[1]
+    report = ["report", str(tmp_path / "spike"), str(tmp_path / "page"), "--text", str(models / "text.txt")]
+    assert main(["spikellm", *report, "--windows", "1", "--window", "40"]) == 0
+    assert f"wrote {tmp_path / 'page' / 'report.html'}" in capsys.readouterr().out
+
+
+def test_weight_only_from_the_command(models, tmp_path):
+    assert main(["spikellm", "quantize", str(models / "plain"), str(tmp_path / "out"), "--act-bits", "none"]) == 0
+    layers = [m for m in ranvier.load(tmp_path / "out").modules() if isinstance(m, ranvier.nn.SpikingLinear)]
+    assert layers and all(layer.config.act_bits is None for layer in layers)
+
+
+def test_spikellm_mistakes_are_one_line(models, capsys, tmp_path):
+    assert "ACTION" in mistake(capsys, "spikellm")
+    assert "neither a whole number nor 'none'" in mistake(capsys, "spikellm", "quantize", "m", "o", "--act-bits", "few")
+    assert "invalid choice: 'awq'" in mistake(capsys, "spikellm", "quantize", "m", "o", "--pipeline", "awq")
+    assert "SpikeConfig.act_clip is 2.0" in mistake(capsys, "spikellm", "quantize", "m", "o", "--act-clip", 2)
+    (tmp_path / "file").touch()
+    assert "file" in mistake(capsys, "spikellm", "report", models / "plain", tmp_path / "file", "--text", models / "text.txt")
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 

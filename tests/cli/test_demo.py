@@ -18,7 +18,7 @@ import ranvier
 from ranvier.cli import main
 from ranvier.integrations import transformers as lm
 from ranvier.integrations.transformers import generate, load_causal_lm
-from ranvier.methods.spikellm import measure
+from ranvier.methods.spikellm import compare
 from ranvier.methods.spikellm.evaluate import perplexity
 from ranvier.nn import SpikingLinear
 
@@ -32,7 +32,7 @@ NAMES = [
     "W4A8",
     "W4A4",
     "spiking T=2, 10 %",
-    "spiking T=4, 10 %",
+    "spiking T=4, 5 %",
     "spiking, separate span",
 ]
 COUNTED = ("spikes_u", "spikes_c", "accumulates_u", "accumulates_c")
@@ -117,9 +117,12 @@ def test_table_is_true(output: Path) -> None:
     ranvier.spike_(model, ranvier.SpikeConfig(salient=0, steps=1))
     assert rows["W4A4"]["perplexity"] == perplexity(model, tokenizer, LONG, 512, 2, progress=False).value
     ranvier.unspike_(model)
-    assert rows["W4A16"]["perplexity"] == perplexity(model, tokenizer, LONG, 512, 2, progress=False).value
+    # The weight-only product is a float product up to float rounding, some 1e-6 of a logit.
+    assert rows["W4A16"]["perplexity"] == pytest.approx(
+        perplexity(model, tokenizer, LONG, 512, 2, progress=False).value, rel=1e-5
+    )
     # More steps fire more on the same inputs to the first layers; the paper's count grows with T.
-    assert rows["W4A4"]["spikes_u"] < rows["spiking T=2, 10 %"]["spikes_u"] < rows["spiking T=4, 10 %"]["spikes_u"]
+    assert rows["W4A4"]["spikes_u"] < rows["spiking T=2, 10 %"]["spikes_u"] < rows["spiking T=4, 5 %"]["spikes_u"]
 
 
 def test_saved_model_is_the_one_of_the_table(output: Path) -> None:
@@ -211,7 +214,7 @@ def test_missing_packages_are_found_at_once(unloadable: None, tmp_path: Path, ca
 
 def test_empty_prompt_is_found_before_anything_is_measured(tiny, tmp_path: Path, capsys, monkeypatch) -> None:
     """A prompt without tokens is one line, and no setting is measured first."""
-    monkeypatch.setattr(measure, "generation_speed", lambda *_, **__: pytest.fail("a setting was measured first"))
+    monkeypatch.setattr(compare, "generation_speed", lambda *_, **__: pytest.fail("a setting was measured first"))
     assert "the prompt is empty" in mistake(capsys, "--out", tmp_path / "out", "--prompt", "")
 
 
@@ -226,7 +229,7 @@ def test_interrupt_leaves_nothing_half_written(
     out, calls = tmp_path / "out", []
     if again:
         shutil.copytree(output, out)
-    speed = measure.generation_speed
+    speed = compare.generation_speed
 
     def measured(*args, **kwargs):
         calls.append(1)
@@ -239,7 +242,7 @@ def test_interrupt_leaves_nothing_half_written(
         signal.raise_signal(signal.SIGINT)
 
     if moment == "measuring":
-        monkeypatch.setattr(measure, "generation_speed", measured)
+        monkeypatch.setattr(compare, "generation_speed", measured)
     else:
         monkeypatch.setattr(Figure, "savefig", half_drawn)
     assert demo(out, "--windows", "1") == 130

@@ -396,3 +396,13 @@ def test_unspike_refuses_a_single_layer() -> None:
     with pytest.raises(ValueError, match=r"itself one SpikingLinear.*use to_linear"):
         ranvier.unspike_(layer)
     assert isinstance(layer, SpikingLinear) and layer.to_linear().weight.shape == (4, 8)
+
+
+def test_weight_only_needs_no_calibration_and_is_the_float_model_of_its_weights() -> None:
+    """act_bits=None: logits are those of the model with dequantized weights, up to the rounding of float sums."""
+    model = tiny_llama()
+    report = ranvier.spike_(model, SpikeConfig(act_bits=None))
+    assert report.calibration_tokens == 0 and all(layer.salient == 0 for layer in report.layers)
+    spiking = logits(model)
+    # Two layers of float32 with sums of some hundred terms: relative errors of 1e-5 of the largest logit.
+    torch.testing.assert_close(spiking, logits(ranvier.unspike_(model)), rtol=0, atol=2e-5 * float(spiking.abs().max()))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import ranvier
 from ranvier.methods.spikellm import first_order_saliency, salient_mask
 from ranvier.methods.spikellm.saliency import SaliencyObserver, gram_is_cheaper, salient_channels, weight_saliency
 
@@ -164,6 +165,19 @@ def test_scores_are_signed() -> None:
     # Two rows that oppose each other across channels make a real score negative.
     x, weight = torch.tensor([[1.0, 10.0]]), torch.tensor([[-1.0, 1.0]])
     assert first_order_saliency(x, weight).tolist() == [-9.0, 90.0]
+
+
+def test_absolute_takes_the_large_ones_of_both_signs() -> None:
+    """With absolute=True a large negative score is salient, and in the conversion config.saliency asks for it."""
+    scores = torch.tensor([1.0, -5.0, 2.0, -0.5])
+    assert salient_mask(scores, 0.25).tolist() == [False, False, True, False]
+    assert salient_mask(scores, 0.25, absolute=True).tolist() == [False, True, False, False]
+    found = []
+    for saliency in ("signed", "absolute"):
+        model = tiny_llama()
+        ranvier.spike_(model, ranvier.SpikeConfig(saliency=saliency, salient=0.9), [token_batch(32, seed=1)])
+        found.append([layer.salient_mask for layer in model.modules() if isinstance(layer, ranvier.nn.SpikingLinear)])
+    assert any(not torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -32,7 +32,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import ranvier
 from ranvier import SpikeConfig
 from ranvier.nn import SpikeGroup, SpikingLinear
-from ranvier.ops import spike_encode
+from ranvier.ops import spike_encode, weight_only_linear
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 configs = pytest.mark.parametrize("config", CONFIGS, ids=config_id)
@@ -399,3 +399,37 @@ def test_library_has_the_promised_names() -> None:
     assert ranvier.nn.SpikingLinear is SpikingLinear
     for name in ("SpikeConfig", "spike_", "unspike_", "save", "load", "nn", "ops"):
         assert hasattr(ranvier, name)
+
+
+@pytest.mark.parametrize("group", (None, 32))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_weight_only_is_the_op_and_comes_back(group: int | None, dtype: torch.dtype) -> None:
+    """act_bits=None: x is not quantized; eager, compiled, copied and reloaded layers give the op's bits."""
+    config = SpikeConfig(act_bits=None, group_size=group)
+    layer, x = SpikingLinear.from_linear(linear(dtype), config), tokens(dtype=dtype)
+    with torch.no_grad():
+        y = layer(x)
+        assert same(y, weight_only_linear(x, layer.packed_weight, layer.format, N, layer.bias))
+        assert layer.dequantized_input(x) is x
+        torch._dynamo.reset()
+        assert same(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), y)
+        assert same(pickle.loads(pickle.dumps(copy.deepcopy(layer)))(x), y)
+        again = SpikingLinear(K, N, True, config, 0, dtype=dtype)
+        again.load_state_dict(layer.state_dict())
+        assert same(again(x), y)
+    assert "weight-only" in repr(layer)
+    with pytest.raises(ValueError, match="salient_mask with act_bits=None"):
+        SpikingLinear.from_linear(linear(dtype), config, mask())
+
+
+def test_weight_only_gradients_are_the_float_layers() -> None:
+    """dx and db are those of the layer with the dequantized weight."""
+    layer = SpikingLinear.from_linear(linear(), SpikeConfig(act_bits=None))
+    dense, x = layer.to_linear(), tokens()
+    grads = []
+    for module in (layer, dense):
+        leaf = x.clone().requires_grad_()
+        module(leaf).square().sum().backward()
+        grads.append((leaf.grad, module.bias.grad))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # 2 y dy: y's rounding, some 1e-6, over a hundred terms

@@ -69,6 +69,28 @@ def test_eager_and_differentiated_ways_agree(isa: str, config: SpikeConfig) -> N
     assert layer(tokens(0)).shape == (0, N) and layer(tokens(1)[0]).shape == (N,)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("count", [0, 11, K])
+def test_weight_only_is_the_float_product(isa: str, dtype: torch.dtype, count: int) -> None:
+    """act_bits=None: y = x W^T + b of the unquantized x, as close as a product in float32; straight through for gradients."""
+    config = SpikeConfig(weight_bits=2, act_bits=None, steps=2, weight_grid="ternary")
+    layer, x = TernaryLinear.from_linear(linear(dtype), config, mask(count=count)), tokens(7, dtype)
+    with torch.no_grad():
+        y = layer(x)
+    weight, bias = layer.dequantized_weight().double(), layer.bias.detach().double()
+    truth, size = x.double() @ weight.T + bias, x.double().abs() @ weight.abs().T + bias.abs()
+    # The digits leave half a step of max|x| / 127 (257, 65793) a channel; then a dozen float32 operations, as above.
+    step = x.double().abs().amax(-1, keepdim=True) / (127 * (65793 if dtype == torch.float32 else 257))
+    bound = 0.51 * step * weight.abs().sum(-1) + 16 * 2.0**-24 * size
+    bound = bound + (truth.abs() + bound) * ROUNDING[dtype] + (2.0**-25 if dtype == torch.float16 else 0)
+    assert y.dtype == dtype and ((y.double() - truth).abs() <= bound).all()
+    leaf = x.clone().requires_grad_()
+    assert same(layer(leaf).detach(), y)
+    (grad,) = torch.autograd.grad(layer(leaf).sum(), leaf)
+    torch.testing.assert_close(grad, torch.ones(7, N).to(dtype) @ layer.dequantized_weight().to(dtype))
+    assert "W2A16" in repr(layer) and same(layer.dequantized_input(x), x)
+
+
 def test_layers_share_an_encoding_with_their_own_kind_only() -> None:
     """In one group two ternary layers find each other's codes; a 4-bit layer of the same mask encodes for itself."""
     layers = [ternary(), ternary(seed=5), SpikingLinear.from_linear(linear(), SpikeConfig(act_bits=8, steps=1), mask())]
@@ -152,15 +174,15 @@ def test_from_quantized_takes_what_another_pipeline_made() -> None:
     q = torch.randint(0, 16, (N, K), generator=g, dtype=torch.uint8)
     q = torch.where(chosen, q, q % 4)
     scale, zero = torch.rand(N, 2, generator=g), torch.randint(0, 16, (N, 2), generator=g, dtype=torch.uint8)
-    layer = TernaryLinear.from_quantized(q, scale, zero, source, CONFIGS[2], chosen)
+    layer = TernaryLinear.from_quantized(source, CONFIGS[2], chosen, q, scale, zero)
     columns = chosen.long()
     assert same(layer.dequantized_weight(), scale[:, columns] * (q.float() - zero[:, columns].float()))
     assert same(layer.bias.detach(), source.bias.detach()) and layer.config is CONFIGS[2]
     chosen.fill_(False)
     assert layer.salient_mask.sum() == 11
-    every = TernaryLinear.from_quantized(q, scale, zero, source, CONFIGS[2], torch.ones(K, dtype=torch.bool))
+    every = TernaryLinear.from_quantized(source, CONFIGS[2], torch.ones(K, dtype=torch.bool), q, scale, zero)
     assert same(every.dequantized_weight(), scale[:, 1:] * (q.float() - zero[:, 1:].float()))
-    plain = TernaryLinear.from_quantized(q % 4, scale, zero, source, CONFIGS[2])
+    plain = TernaryLinear.from_quantized(source, CONFIGS[2], None, q % 4, scale, zero)
     assert same(plain.dequantized_weight(), scale[:, :1] * ((q % 4).float() - zero[:, :1].float()))
 
 
@@ -194,7 +216,7 @@ def test_repr_names_the_format() -> None:
 
 def quantized(**change: object) -> tuple:
     given = {"q": torch.zeros(N, K, dtype=torch.uint8), "scale": torch.ones(N, 2), "zero": torch.ones(N, 2, dtype=torch.uint8)}
-    return *(given | change).values(), linear()
+    return linear(), None, None, *(given | change).values()
 
 
 def spoiled() -> nn.Linear:
@@ -210,8 +232,9 @@ def spoiled() -> nn.Linear:
         (ValueError, "TernaryLinear.from_linear: .*NaN or Inf", lambda: TernaryLinear.from_linear(spoiled())),
         (ValueError, r"bool \[96\]", lambda: TernaryLinear.from_linear(linear(), None, torch.zeros(95, dtype=torch.bool))),
         (ValueError, "weight_bits is 4", lambda: TernaryLinear.from_linear(linear(), SpikeConfig())),
-        (ValueError, "act_bits is None", lambda: TernaryLinear(K, N, config=SpikeConfig(weight_bits=2, act_bits=None))),
-        (ValueError, "q is .*they must be equal", lambda: TernaryLinear.from_quantized(*quantized(q=torch.zeros(N, K - 1)))),
+        (ValueError, "weight_bits is 2", lambda: SpikingLinear.from_linear(linear(), CONFIGS[0])),
+        (ValueError, "q has shape", lambda: TernaryLinear.from_quantized(*quantized(q=torch.zeros(N, 9, dtype=torch.uint8)))),
+        (TypeError, "zero is a list", lambda: TernaryLinear.from_quantized(*quantized(zero=[1]))),
         (TypeError, "q is torch.float32", lambda: TernaryLinear.from_quantized(*quantized(q=torch.zeros(N, K)))),
         (ValueError, "scale has shape", lambda: TernaryLinear.from_quantized(*quantized(scale=torch.ones(N, 1)))),
         (ValueError, "NaN or Inf", lambda: TernaryLinear.from_quantized(*quantized(scale=torch.full((N, 2), torch.inf)))),

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import ranvier
-from ranvier.ops import pack_weight, spike_encode, spike_linear, spike_linear_dynamic, unpack_weight
+from ranvier.ops import digit_format, pack_weight, spike_encode, spike_linear, spike_linear_dynamic, unpack_weight
 from ranvier.ops._declare import OPS, needs_dispatcher
 from ranvier.reference.spike_encode import spike_decode
 
@@ -76,12 +76,18 @@ def samples(name: str) -> list[tuple]:
                 encoded = spike_encode(tokens(dtype), act_bits=8, steps=1)
                 found.append((encoded.codes, encoded.scale, *arguments, dtype))
             else:
-                found.append((tokens(dtype, grad=grad), *arguments, 8))
+                found += [(tokens(dtype, grad=grad), *arguments, act_bits) for act_bits in (8, 0)]
         return found
     if name == "spike_events":
         codes = torch.randint(-15, 16, (M, K), generator=generator(), dtype=torch.int32)
         columns = torch.randint(-15, 16, (K, N), generator=generator(), dtype=torch.int16)
         return [(codes, columns, torch.arange(K) // 20, 2, *rule) for rule in (("gif", 15), ("ternary", 1), ("naf", 1))]
+    if name == "weight_only_linear":
+        found = []
+        for group, dtype, grad in ((0, torch.float32, True), (32, torch.bfloat16, False), (0, torch.float16, False)):
+            packed, scale, zero, _ = pack_weight(torch.randn(N, K, generator=generator(3)), None, digit_format(K, group))
+            found.append((tokens(dtype, grad=grad), packed, scale, zero, bias_of(dtype, grad=grad), N, group))
+        return found
     raise NotImplementedError(f"no samples for the op {name}: add them, so that opcheck sees it")
 
 

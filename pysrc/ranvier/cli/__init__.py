@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ranvier.cli import demo, eval, generate, info, spike
+from ranvier.cli import demo, eval, generate, info, spike, spikellm
 
-COMMANDS = {"info": info, "demo": demo, "spike": spike, "eval": eval, "generate": generate}
+COMMANDS = {"info": info, "demo": demo, "spike": spike, "eval": eval, "generate": generate, "spikellm": spikellm}
 USER_ERROR, INTERRUPTED = 2, 130
 
 

@@ -21,7 +21,9 @@ from ranvier.ops.spike_linear import (
     spike_linear_dynamic,
     unpack_weight,
 )
+from ranvier.ops.weight_only_linear import digit_format, weight_only_linear
 from ranvier.reference.spike_encode import spike_decode
+from ranvier.reference.weight_only_linear import digit_count
 
 FORMAT_BYTES = 64  # the part of a layer's description that its encoding depends on (csrc SpikeFormat)
 CPU = torch.device("cpu")
@@ -90,10 +92,13 @@ class SpikeGroup:
 class SpikingLinear(nn.Module):
     """y = x^ W^T + b with x^ what the spike codes of x stand for and W^ the 4-bit weight: one packed integer product.
 
+    With ``config.act_bits=None`` x^ is x (weight-only): see :func:`ranvier.ops.weight_only_linear`.
     x [..., K] float32, bfloat16 or float16; y [..., N] in x's dtype. Weights are buffers, bias stays a parameter. Gradients
     flow straight through to x and to the bias. Made by :meth:`from_linear`; formulas in :mod:`ranvier.reference`.
     SpikeLLM, arXiv 2407.04752.
     """
+
+    weight_bits = 4
 
     def __init__(
         self,
@@ -109,6 +114,9 @@ class SpikingLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.config = config or self.default_config()
+        if self.config.weight_bits != self.weight_bits:
+            name, bits = type(self).__name__, self.config.weight_bits
+            raise ValueError(f"{name}: config.weight_bits is {bits}; SpikingLinear has 4-bit weights, TernaryLinear 2-bit ones")
         self.salient_count = salient_count
         self.dtype = dtype or torch.get_default_dtype()
         form = self.format
@@ -135,10 +143,8 @@ class SpikingLinear(nn.Module):
         Raises TypeError for another kind of layer, ValueError for NaN or Inf in its weight, a mask of another length, or
         a K that is not a multiple of ``config.group_size``. The given layer stays as it is.
         """
-        mask, given = check_conversion(cls, "from_linear", linear, config or cls.default_config(), salient_mask), salient_mask
-        layer = cls._for(linear, config or cls.default_config(), mask.clone() if mask is given else mask)
-        layer.packed_weight = layer._quantize(linear.weight)
-        return layer
+        layer = cls._shell("from_linear", linear, config, salient_mask)
+        return layer._take(layer._quantize(linear.weight))
 
     @staticmethod
     def default_config() -> SpikeConfig:
@@ -146,23 +152,42 @@ class SpikingLinear(nn.Module):
         return SpikeConfig()
 
     @classmethod
-    def _for(cls, linear: nn.Linear, config: SpikeConfig, mask: Tensor) -> SpikingLinear:
-        """A layer in place of `linear`, with its bias, whose weight is still to come."""
-        weight, bias = linear.weight, linear.bias
-        shape = (linear.in_features, linear.out_features, bias is not None)
-        layer = cls(*shape, config, int(mask.sum()), weight.device, weight.dtype)
-        layer.salient_mask = mask
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    def _shell(cls, way: str, linear: nn.Linear, config: SpikeConfig | None, salient_mask: Tensor | None) -> SpikingLinear:
+        """The layer with mask and bias, its weight still empty."""
+        where = f"{cls.__name__}.{way}"
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{where}: got {type(linear).__name__}; pass a torch.nn.Linear")
+        config = config or cls.default_config()
+        out_features, in_features = linear.weight.shape
+        check_convertible(where, linear, config)
+        mask = torch.zeros(in_features, dtype=torch.bool) if salient_mask is None else torch.as_tensor(salient_mask)
+        if mask.dtype != torch.bool or tuple(mask.shape) != (in_features,):
+            raise ValueError(
+                f"{where}: salient_mask is {mask.dtype} {list(mask.shape)};"
+                f" pass bool [{in_features}], one entry per input channel"
+            )
+        if config.salient_share == 0 and config.act_bits is None and bool(mask.any()):
+            raise ValueError(f"{where}: salient_mask with act_bits=None, where nothing spikes; leave it out")
+        mask, weight = mask.to(linear.weight.device), linear.weight
+        layer = cls(in_features, out_features, linear.bias is not None, config, int(mask.sum()), weight.device, weight.dtype)
+        layer.salient_mask = mask.clone() if salient_mask is not None and mask is salient_mask else mask
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
         return layer.train(linear.training)
 
     def _quantize(self, weight: Tensor) -> PackedWeight:
         return pack_weight(weight, self.salient_mask, self.format)
 
+    def _take(self, packed: PackedWeight) -> SpikingLinear:
+        self.weight_packed, self.weight_scale, self.weight_zero, self.weight_sum = packed
+        return self
+
     @property
     def format(self) -> SpikeFormat:
         """How this layer's tokens are encoded."""
         c = self.config
+        if c.act_bits is None:
+            return digit_format(self.in_features, c.group_size)
         rule = (c.act_bits, c.code_steps, c.span, c.grid, c.group_size or 0)
         return SpikeFormat(self.in_features, self.salient_count, *rule)
 
@@ -171,10 +196,6 @@ class SpikingLinear(nn.Module):
         """The weight's buffers, as the functional calls take them."""
         return PackedWeight(self.weight_packed, self.weight_scale, self.weight_zero, self.weight_sum)
 
-    @packed_weight.setter
-    def packed_weight(self, packed: PackedWeight) -> None:
-        self.weight_packed, self.weight_scale, self.weight_zero, self.weight_sum = packed
-
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N]. Raises ValueError for another K, TypeError for other dtypes."""
         if needs_dispatcher(input, self._parameters["bias"]) or not input.is_cpu:
@@ -182,6 +203,8 @@ class SpikingLinear(nn.Module):
         return self._eager(input)
 
     def _as_op(self, x: Tensor) -> Tensor:
+        if self.config.act_bits is None:
+            return weight_only_linear(x, self.packed_weight, self.format, self.out_features, self.bias)
         mask = self.salient_mask if self.salient_count else None
         return spike_linear_dynamic(x, self.packed_weight, self.format, self.out_features, self.bias, mask)
 
@@ -196,7 +219,10 @@ class SpikingLinear(nn.Module):
         # Sizes one by one: unpacking a tuple costs a third of a microsecond, which a small layer feels.
         y = x.new_empty(shape[0], self.out_features) if len(shape) == 2 else x.new_empty(*shape[:-1], self.out_features)
         tokens, group = x.numel() // channels, self.group
-        if group is None or x.is_inference():
+        if self.config.act_bits is None:
+            digits = digit_count(x.dtype)
+            _C.weight_only_linear(description, x.data_ptr(), channels, dtype, tokens, digits, y.data_ptr(), dtype)
+        elif group is None or x.is_inference():
             _C.spike_linear_dynamic(description, x.data_ptr(), channels, dtype, tokens, y.data_ptr(), dtype)
         else:
             encoded = group.encoding(description, self._buffers["salient_mask"], x, tokens)
@@ -238,8 +264,10 @@ class SpikingLinear(nn.Module):
         return unpack_weight(self.packed_weight, self.salient_mask, self.format, self.out_features)
 
     def dequantized_input(self, x: Tensor) -> Tensor:
-        """x^, what the codes of x stand for: [..., K], float32 (float64 for float64)."""
+        """x^, what the codes of x stand for: [..., K], float32 (float64 for float64); x itself with ``act_bits=None``."""
         check_channels("SpikingLinear", x, self.in_features)
+        if self.config.act_bits is None:
+            return x
         return spike_decode(x, self.salient_mask, **self.format.rule)
 
     def to_linear(self) -> nn.Linear:
@@ -262,7 +290,9 @@ class SpikingLinear(nn.Module):
         c = self.config
         parts = [
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}",
-            f"W{c.weight_bits}A{c.act_bits}, steps={c.steps}, salient={self.salient_count}, span={c.span}, grid={c.grid}",
+            f"W{c.weight_bits}A{c.act_bits}, steps={c.steps}, salient={self.salient_count}, span={c.span}, grid={c.grid}"
+            if c.act_bits
+            else f"W{c.weight_bits}, weight-only",
         ]
         return ", ".join(parts + ([f"group_size={c.group_size}"] if c.group_size else []))
 
@@ -297,20 +327,6 @@ class SpikingLinear(nn.Module):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_plan": None}
-
-
-def check_conversion(cls: type, call: str, linear: nn.Linear, config: SpikeConfig, salient_mask: Any) -> Tensor:
-    """The mask on the weight's device. Raises TypeError or ValueError for what ``cls.from_linear`` does not take."""
-    where = f"{cls.__name__}.{call}"
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"{where}: got {type(linear).__name__}; pass a torch.nn.Linear")
-    check_convertible(where, linear, config)
-    channels = linear.weight.shape[1]
-    mask = torch.zeros(channels, dtype=torch.bool) if salient_mask is None else torch.as_tensor(salient_mask)
-    if mask.dtype != torch.bool or tuple(mask.shape) != (channels,):
-        got = f"{mask.dtype} {list(mask.shape)}"
-        raise ValueError(f"{where}: salient_mask is {got}; pass bool [{channels}], one entry per input channel")
-    return mask.to(linear.weight.device)
 
 
 def check_convertible(where: str, linear: nn.Linear, config: SpikeConfig) -> None:

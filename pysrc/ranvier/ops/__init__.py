@@ -12,6 +12,7 @@ from ranvier.ops.ternary_linear import (
     ternary_linear_dynamic,
     unpack_ternary,
 )
+from ranvier.ops.weight_only_linear import digit_format, weight_only_linear
 
 __all__ = [
     "PackedWeight",
@@ -21,6 +22,7 @@ __all__ = [
     "SpikeFormat",
     "TernaryFormat",
     "dequantize_ternary",
+    "digit_format",
     "pack_ternary",
     "pack_weight",
     "spike_encode",
@@ -33,4 +35,5 @@ __all__ = [
     "ternary_linear_dynamic",
     "unpack_ternary",
     "unpack_weight",
+    "weight_only_linear",
 ]

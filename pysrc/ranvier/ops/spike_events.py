@@ -207,6 +207,8 @@ class SpikeEvents:
 def _check_call(layer: SpikingLayer, x: Tensor, encoding: str) -> None:
     if not all(hasattr(layer, name) for name in SpikingLayer.__annotations__):
         raise TypeError(f"spike_events: layer is {type(layer).__name__}; pass a ranvier.nn.SpikingLinear")
+    if getattr(getattr(layer, "config", None), "act_bits", 0) is None:
+        raise ValueError("spike_events: this layer is weight-only (act_bits=None); its activations are no spikes")
     _check_encoding(encoding)
     check_float("spike_events", "x", x)
     check_channels("spike_events", x, layer.format.channels)

@@ -130,7 +130,7 @@ def _run_calibration(model: nn.Module, calibration: Iterable[Any]) -> int:
 
 def _observe(model: nn.Module, layers: dict[str, nn.Linear], config: SpikeConfig, calibration: Any) -> SaliencyObserver:
     if calibration is None:
-        if config.salient not in (0.0, 1.0):
+        if config.salient_share not in (0.0, 1.0):
             raise ValueError(
                 f"spike_: salient = {config.salient} needs calibration batches to measure saliency; pass some, or salient=0"
             )
@@ -138,7 +138,7 @@ def _observe(model: nn.Module, layers: dict[str, nn.Linear], config: SpikeConfig
     if isinstance(calibration, (Tensor, str, bytes, Mapping)):
         raise TypeError(f"spike_: calibration is {type(calibration).__name__}; pass an iterable of batches, such as a list")
     was_training = {m: m.training for m in model.modules()}
-    observer = SaliencyObserver(layers, score=config.salient not in (0.0, 1.0))
+    observer = SaliencyObserver(layers, score=config.salient_share not in (0.0, 1.0))
     model.eval()
     try:
         with torch.no_grad(), observer:
@@ -148,7 +148,7 @@ def _observe(model: nn.Module, layers: dict[str, nn.Linear], config: SpikeConfig
             module.training = mode
     if batches == 0:
         raise ValueError("spike_: the calibration set is empty; pass at least one batch")
-    if config.salient in (0.0, 1.0):
+    if config.salient_share in (0.0, 1.0):
         return observer
     unseen = [name for name, reader in observer.readers.items() if reader.tokens == 0]
     if unseen:
@@ -165,7 +165,7 @@ def _masks(observer: SaliencyObserver, config: SpikeConfig) -> dict[str, tuple[t
     result = {}
     for names in groups:
         try:
-            mask = salient_mask(observer.scores(names), config.salient)
+            mask = salient_mask(observer.scores(names), config.salient_share, absolute=config.saliency == "absolute")
         except ValueError as error:
             raise ValueError(f"spike_: {names[0]}: {error}") from error
         result.update({name: (tuple(names), mask) for name in names})
@@ -211,10 +211,8 @@ def spike_(model: nn.Module, config: SpikeConfig | None = None, calibration: Ite
     SpikeLLM, arXiv 2407.04752.
     """
     config = config or SpikeConfig()
-    if config.pipeline != "rtn" or config.rotate or config.weight_bits != 4 or config.act_bits is None or config.act_clip != 1:
-        raise ValueError(
-            "spike_: this version converts with pipeline='rtn', weight_bits=4, act_bits 1 to 8 and act_clip=1 only"
-        )
+    if config.pipeline != "rtn" or config.rotate or config.weight_bits != 4 or config.act_clip != 1:
+        raise ValueError("spike_: this version converts with pipeline='rtn', weight_bits=4 and act_clip=1 only")
     if type(model) is nn.Linear:
         raise ValueError(
             "spike_: the model is itself one nn.Linear and cannot be replaced in place; use SpikingLinear.from_linear"

@@ -71,11 +71,12 @@ def spikes_per_token(model: nn.Module, ids: Tensor) -> dict[str, float | None]:
 
     A spike is one unit of a code: of the unsigned u, as the paper counts them, or of the centred, signed c. Layers that
     share an encoding share its spikes and add up their own accumulates. A layer that sees some of the tokens only, such
-    as an expert, counts for those. Zero fractions are means over codes. All None where no layer is spiking.
+    as an expert, counts for those. Zero fractions are means over codes. Weight-only layers fire nothing and are left out;
+    all None where no layer is spiking.
 
     Raises ValueError where no spiking layer is reached.
     """
-    layers = list(spiking_layers(model).values())
+    layers = [layer for layer in spiking_layers(model).values() if layer.config.act_bits is not None]
     if not layers:
         return dict.fromkeys(COUNTS)
     totals, silent, codes = dict.fromkeys(COUNTS, 0.0), {"u": 0.0, "c": 0.0}, 0.0

@@ -99,3 +99,74 @@ def spike_raster(counts: Tensor, salient: Tensor, path: Path, title: str, channe
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return path
+
+
+def _bars(axes: Any, names: Sequence[str], values: Sequence[float], colors: Sequence[str], form: str) -> None:
+    """One horizontal bar a name, top to bottom, each with its value."""
+    places = range(len(names))
+    axes.barh(places, values, color=colors, height=0.65)
+    axes.set_yticks(places, names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, 1.18 * max(values, default=1.0))
+    for place, value in zip(places, values, strict=True):
+        axes.annotate(
+            format(value, form), (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK
+        )
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def speeds(rows: Sequence[dict], path: Path, title: str) -> Path:
+    """Tokens a second of every setting: prefill to the left, decode to the right."""
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 1.2 + 0.34 * len(rows)), layout="constrained", sharey=True)
+    names, colors = [row["name"] for row in rows], [SPIKING if row["spiking"] else PLAIN for row in rows]
+    _bars(left, names, [row["prefill_tokens_per_second"] for row in rows], colors, ",.0f")
+    _bars(right, names, [row["decode_tokens_per_second"] for row in rows], colors, ",.1f")
+    left.set(xlabel="prefill, tokens/s")
+    right.set(xlabel="decode, tokens/s")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def operations(rows: Sequence[dict], path: Path, title: str) -> Path:
+    """Operations a token of every setting that has them: accumulates of both codes, multiply-accumulates, ACE."""
+    pyplot = _pyplot()
+    counted = [row for row in rows if row["ace"] is not None]
+    names, colors = [row["name"] for row in counted], [SPIKING if row["spiking"] else PLAIN for row in counted]
+    figure, panels = pyplot.subplots(1, 3, figsize=(12, 1.4 + 0.34 * max(1, len(counted))), layout="constrained", sharey=True)
+    for axes, key, label in zip(
+        panels,
+        ("accumulates_u", "accumulates_c", "ace"),
+        ("accumulates of unsigned spikes (G)", "of centred spikes (G)", "ACE, bits x bits (G)"),
+        strict=True,
+    ):
+        _bars(axes, names, [row[key] / 1e9 for row in counted], colors, ",.2f")
+        axes.set(xlabel=label)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def salient_map(masks: dict[str, Tensor], path: Path, title: str, columns: int = 192) -> Path:
+    """Where the salient channels of every mask lie: a row a mask, channels in ``columns`` bins, darker where more are salient.
+
+    masks: bool [K] by name, K may differ.
+    """
+    pyplot = _pyplot()
+    image = torch.zeros(len(masks), columns)
+    for row, mask in enumerate(masks.values()):
+        bins = torch.arange(mask.numel()) * columns // mask.numel()
+        count = torch.zeros(columns).index_add_(0, bins, torch.ones(mask.numel()))
+        image[row] = torch.zeros(columns).index_add_(0, bins, mask.cpu().float()) / count.clamp(min=1)
+    figure, axes = pyplot.subplots(figsize=(10, min(10, 1.6 + 0.1 * len(masks))), layout="constrained")
+    drawn = axes.imshow(image.numpy(), aspect="auto", cmap="Reds", interpolation="nearest", extent=(0, 100, len(masks), 0))
+    names, every = list(masks), max(1, len(masks) // 30)
+    axes.set_yticks([i + 0.5 for i in range(0, len(names), every)], names[::every], fontsize=7)
+    axes.set(xlabel="position of the channel (% of K)", title=title)
+    figure.colorbar(drawn, ax=axes, label="share of salient channels")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path

@@ -24,15 +24,17 @@ def salient_channels(channels: int, share: float) -> int:
     return channels - int(round((1 - share) * channels, 6))
 
 
-def salient_mask(scores: Tensor, share: float) -> Tensor:
+def salient_mask(scores: Tensor, share: float, *, absolute: bool = False) -> Tensor:
     """The channels whose score is above the int((1 - share) K)-th smallest: bool [K].
 
-    scores: float [K]. share: 0 marks none, 1 all. Ties with the threshold are left out, so they only shrink the set.
+    scores: float [K], signed as the released code takes them; absolute: by their magnitudes. share: 0 marks none, 1 all.
+    Ties with the threshold are left out, so they only shrink the set.
     Raises ValueError for scores that are not finite.
     """
     channels = scores.shape[0]
     if not bool(scores.isfinite().all()):
         raise ValueError("salient_mask: the saliency scores have NaN or Inf; the calibration inputs or weights are not finite")
+    scores = scores.abs() if absolute else scores
     if share == 0:
         return torch.zeros(channels, dtype=torch.bool, device=scores.device)
     low = channels - salient_channels(channels, share)
