@@ -206,6 +206,8 @@ def test_spikes_of_its_activations_give_its_integers() -> None:
     signed = q.long() - zero.long()[:, mask().long()]
     expected = [encoded.codes[:, kind].long() @ signed[:, kind].T for kind in (~mask(), mask())]
     assert torch.equal(events.output, torch.stack(expected, -1))
+    # Two bits a spike of a weight: one on 85 channels, four on the 11 salient ones, each with four bits of an activation.
+    assert events.ace == (85 * 2 + 11 * 8) * 4 * N and events.mac_equivalents == (85 + 11 * 4) * N
 
 
 def test_repr_names_the_format() -> None:
