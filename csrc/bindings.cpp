@@ -10,8 +10,8 @@
 #include "core/parallel.h"
 #include "machine/machine.h"
 #include "spike_linear/spike_linear.h"
-#include "weight_only_linear/weight_only_linear.h"
 #include "ternary_linear/ternary_linear.h"
+#include "weight_only_linear/weight_only_linear.h"
 
 namespace py = pybind11;
 

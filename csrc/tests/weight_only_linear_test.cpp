@@ -64,7 +64,7 @@ TEST(digits_levels_equal_scalar) {
 TEST(weight_only_refuses_formats_that_do_not_fit) {
   SpikeLayer layer{};
   layer.format = {16, 16, 1, 0, 8, 1, 0, 0};
-  layer.N = 32;
+  layer.N = 32, layer.weight_bits = 4;
   float x[16] = {}, y[32];
   for (const std::int64_t digits : {std::int64_t{0}, kMostDigits + 1}) {
     EXPECT(weight_only_linear(layer, x, 16, DType::float32, 1, digits, y, DType::float32) == Status::bad_shape, "digits");

@@ -3,6 +3,7 @@
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/scratch.h"
+#include "ternary_linear/ternary_linear.h"
 
 namespace ranvier {
 namespace {
@@ -46,7 +47,9 @@ EncodeDigits encode_digits() {
 Status weight_only_linear(const SpikeLayer& layer, const void* x, std::int64_t x_stride, DType dtype, std::int64_t M,
                           std::int64_t digits, void* y, DType y_dtype) {
   const SpikeFormat& f = layer.format;
-  if (f.ranges != 1 || f.act_bits != 8 || f.separate != 0 || f.compat != 0 || f.K <= 0) return Status::bad_shape;
+  const bool two_bit = layer.weight_bits == 2;
+  if (two_bit ? !is_ternary_format(f) : f.ranges != 1) return Status::bad_shape;
+  if (f.act_bits != 8 || f.separate != 0 || f.compat != 0 || f.K <= 0) return Status::bad_shape;
   if (digits < 1 || digits > kMostDigits) return Status::bad_shape;
   if (M > 0 && (x == nullptr || y == nullptr)) return Status::null_pointer;
   const std::int64_t tokens = M < kTokens ? M : kTokens, rows = tokens * digits, groups = f.group_count();
@@ -68,8 +71,10 @@ Status weight_only_linear(const SpikeLayer& layer, const void* x, std::int64_t x
       encode(DigitRow{offset(x, (begin + i) * x_stride, dtype), dtype, f.K, digits, f.group, b.codes + i * digits * f.K,
                       b.scale + i * digits, b.sums + i * digits * groups});
     });
+    const std::int64_t given = count * digits;
     const Status status =
-        spike_linear(product, b.codes, b.scale, b.sums, nullptr, count * digits, b.sums_of_products, DType::float32);
+        two_bit ? ternary_linear(product, b.codes, b.scale, given, b.sums_of_products, DType::float32)
+                : spike_linear(product, b.codes, b.scale, b.sums, nullptr, given, b.sums_of_products, DType::float32);
     if (status != Status::ok) return status;
     parallel_tasks(count, count * layer.N < kSerialChannels, [&](std::int64_t i) {
       add_digits(layer, b.sums_of_products + i * digits * layer.N, digits, y, begin + i, y_dtype);

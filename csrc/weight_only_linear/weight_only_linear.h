@@ -34,7 +34,7 @@ void encode_digits_avx2(const DigitRow&);
 void encode_digits_avx512(const DigitRow&);
 }
 
-// The layer's format must have one range of symmetric 8-bit codes.
+// The layer's format must have one range of symmetric 8-bit codes, or, with 2-bit weights, be one of theirs.
 Status weight_only_linear(const SpikeLayer&, const void* x, std::int64_t x_stride, DType dtype, std::int64_t M,
                           std::int64_t digits, void* y, DType y_dtype);
 

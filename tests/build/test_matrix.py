@@ -36,11 +36,11 @@ def call_of(name: str) -> list:
         "spike_encode": lambda: [x, layer.salient_mask, form.salient_count, *rule],
         "spike_linear": lambda: [*spike_encode(x, layer.salient_mask, **form.rule), *given, torch.float32],
         "spike_linear_dynamic": lambda: [x, *given],
-        "weight_only_linear": lambda: [x, *weight_only.packed_weight[:3], layer.bias.detach(), layer.out_features, 0],
         "ternary_linear": lambda: [
             *spike_encode(x, act_bits=8, steps=1)[:2], *ternary.packed_weight[:3], *ternary_rest, torch.float32,
         ],
         "ternary_linear_dynamic": lambda: [x, *ternary.packed_weight[:3], *ternary_rest, 8],
+        "weight_only_linear": lambda: [x, *weight_only.packed_weight[:3], layer.bias.detach(), layer.out_features, 0],
         "spike_events": lambda: [
             torch.tensor([[3, 0, -2]], dtype=torch.int32), torch.ones(3, 5, dtype=torch.int16),
             torch.zeros(3, dtype=torch.int64), 1, "unary", 1,

@@ -12,7 +12,8 @@ from tiny_lm import logits, spiking_llama, tiny_llama
 from torch import nn
 
 import ranvier
-from ranvier.nn import SpikeGroup, SpikingLinear
+from ranvier import SpikeConfig
+from ranvier.nn import SpikeGroup, SpikingLinear, TernaryLinear
 
 pytest.importorskip("transformers")
 
@@ -49,6 +50,18 @@ def test_groups_share_one_stored_mask_and_one_encode(saved):
         masks = [name for name in file.keys() if name.endswith("salient_mask")]  # noqa: SIM118
     # q = k = v and gate = up: of the seven layers of a block four masks are stored.
     assert len(masks) == 2 * 4
+
+
+def test_layers_of_two_bits_come_back(tmp_path):
+    block, config = Block().eval(), SpikeConfig(weight_bits=2, act_bits=8, steps=2, weight_grid="ternary")
+    for name, source in list(block.named_children()):
+        if isinstance(source, nn.Linear):
+            setattr(block, name, TernaryLinear.from_linear(source, config, torch.arange(source.in_features) % 5 == 0))
+    ranvier.save(block, tmp_path / "model")
+    loaded = ranvier.load(tmp_path / "model", Block().eval())
+    assert type(loaded.first) is TernaryLinear and loaded.first.config == config
+    wanted, got = block.state_dict(), loaded.state_dict()
+    assert wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
 def test_group_survives_masks_that_are_equal_copies(tmp_path):

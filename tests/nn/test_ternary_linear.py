@@ -69,6 +69,28 @@ def test_eager_and_differentiated_ways_agree(isa: str, config: SpikeConfig) -> N
     assert layer(tokens(0)).shape == (0, N) and layer(tokens(1)[0]).shape == (N,)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("count", [0, 11, K])
+def test_weight_only_is_the_float_product(isa: str, dtype: torch.dtype, count: int) -> None:
+    """act_bits=None: y = x W^T + b of the unquantized x, as close as a product in float32; straight through for gradients."""
+    config = SpikeConfig(weight_bits=2, act_bits=None, steps=2, weight_grid="ternary")
+    layer, x = TernaryLinear.from_linear(linear(dtype), config, mask(count=count)), tokens(7, dtype)
+    with torch.no_grad():
+        y = layer(x)
+    weight, bias = layer.dequantized_weight().double(), layer.bias.detach().double()
+    truth, size = x.double() @ weight.T + bias, x.double().abs() @ weight.abs().T + bias.abs()
+    # The digits leave half a step of max|x| / 127 (257, 65793) a channel; then a dozen float32 operations, as above.
+    step = x.double().abs().amax(-1, keepdim=True) / (127 * (65793 if dtype == torch.float32 else 257))
+    bound = 0.51 * step * weight.abs().sum(-1) + 16 * 2.0**-24 * size
+    bound = bound + (truth.abs() + bound) * ROUNDING[dtype] + (2.0**-25 if dtype == torch.float16 else 0)
+    assert y.dtype == dtype and ((y.double() - truth).abs() <= bound).all()
+    leaf = x.clone().requires_grad_()
+    assert same(layer(leaf).detach(), y)
+    (grad,) = torch.autograd.grad(layer(leaf).sum(), leaf)
+    torch.testing.assert_close(grad, torch.ones(7, N).to(dtype) @ layer.dequantized_weight().to(dtype))
+    assert "W2A16" in repr(layer) and same(layer.dequantized_input(x), x)
+
+
 def test_layers_share_an_encoding_with_their_own_kind_only() -> None:
     """In one group two ternary layers find each other's codes; a 4-bit layer of the same mask encodes for itself."""
     layers = [ternary(), ternary(seed=5), SpikingLinear.from_linear(linear(), SpikeConfig(act_bits=8, steps=1), mask())]
@@ -184,6 +206,8 @@ def test_spikes_of_its_activations_give_its_integers() -> None:
     signed = q.long() - zero.long()[:, mask().long()]
     expected = [encoded.codes[:, kind].long() @ signed[:, kind].T for kind in (~mask(), mask())]
     assert torch.equal(events.output, torch.stack(expected, -1))
+    # Two bits a spike of a weight: one on 85 channels, four on the 11 salient ones, each with four bits of an activation.
+    assert events.ace == (85 * 2 + 11 * 8) * 4 * N and events.mac_equivalents == (85 + 11 * 4) * N
 
 
 def test_repr_names_the_format() -> None:
@@ -210,12 +234,9 @@ def spoiled() -> nn.Linear:
         (ValueError, "TernaryLinear.from_linear: .*NaN or Inf", lambda: TernaryLinear.from_linear(spoiled())),
         (ValueError, r"bool \[96\]", lambda: TernaryLinear.from_linear(linear(), None, torch.zeros(95, dtype=torch.bool))),
         (ValueError, "weight_bits is 4", lambda: TernaryLinear.from_linear(linear(), SpikeConfig())),
-        (ValueError, "act_bits is None", lambda: TernaryLinear(K, N, config=SpikeConfig(weight_bits=2, act_bits=None))),
-        (
-            ValueError,
-            r"q has shape \[40, 95\]; it must be \[40, 96\]",
-            lambda: TernaryLinear.from_quantized(*quantized(q=torch.zeros(N, K - 1, dtype=torch.uint8))),
-        ),
+        (ValueError, "weight_bits is 2", lambda: SpikingLinear.from_linear(linear(), CONFIGS[0])),
+        (ValueError, "q has shape", lambda: TernaryLinear.from_quantized(*quantized(q=torch.zeros(N, 9, dtype=torch.uint8)))),
+        (TypeError, "zero is a list", lambda: TernaryLinear.from_quantized(*quantized(zero=[1]))),
         (TypeError, "q is torch.float32", lambda: TernaryLinear.from_quantized(*quantized(q=torch.zeros(N, K)))),
         (ValueError, "scale has shape", lambda: TernaryLinear.from_quantized(*quantized(scale=torch.ones(N, 1)))),
         (ValueError, "NaN or Inf", lambda: TernaryLinear.from_quantized(*quantized(scale=torch.full((N, 2), torch.inf)))),

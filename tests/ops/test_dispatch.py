@@ -76,7 +76,7 @@ def samples(name: str) -> list[tuple]:
                 encoded = spike_encode(tokens(dtype), act_bits=8, steps=1)
                 found.append((encoded.codes, encoded.scale, *arguments, dtype))
             else:
-                found.append((tokens(dtype, grad=grad), *arguments, 8))
+                found += [(tokens(dtype, grad=grad), *arguments, act_bits) for act_bits in (8, 0)]
         return found
     if name == "spike_events":
         codes = torch.randint(-15, 16, (M, K), generator=generator(), dtype=torch.int32)

@@ -10,21 +10,19 @@ from torch import Tensor, nn
 
 from ranvier import _C
 from ranvier.config import SpikeConfig
-from ranvier.ops._args import DTYPES, check_channels, check_is_tensor, check_tensor, plain
+from ranvier.ops._args import DTYPES, check_channels, check_is_tensor, plain
 from ranvier.ops._declare import needs_dispatcher
 from ranvier.ops.spike_encode import SpikeFormat
 from ranvier.ops.spike_linear import (
     PackedWeight,
     check_layer,
     layer_description,
-    pack_quantized,
     pack_weight,
     spike_linear_dynamic,
     unpack_weight,
 )
 from ranvier.ops.weight_only_linear import digit_format, weight_only_linear
 from ranvier.reference.spike_encode import spike_decode
-from ranvier.reference.spike_linear import Quantized
 from ranvier.reference.weight_only_linear import digit_count
 
 FORMAT_BYTES = 64  # the part of a layer's description that its encoding depends on (csrc SpikeFormat)
@@ -100,6 +98,8 @@ class SpikingLinear(nn.Module):
     SpikeLLM, arXiv 2407.04752.
     """
 
+    weight_bits = 4
+
     def __init__(
         self,
         in_features: int,
@@ -114,6 +114,9 @@ class SpikingLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.config = config or self.default_config()
+        if self.config.weight_bits != self.weight_bits:
+            name, bits = type(self).__name__, self.config.weight_bits
+            raise ValueError(f"{name}: config.weight_bits is {bits}; SpikingLinear has 4-bit weights, TernaryLinear 2-bit ones")
         self.salient_count = salient_count
         self.dtype = dtype or torch.get_default_dtype()
         form = self.format
@@ -135,39 +138,13 @@ class SpikingLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, config: SpikeConfig | None = None, salient_mask: Tensor | None = None
     ) -> SpikingLinear:
-        """Quantize a linear layer round to nearest. salient_mask: bool [K], None for no salient channel.
+        """Quantize a linear layer. salient_mask: bool [K], None for no salient channel.
 
         Raises TypeError for another kind of layer, ValueError for NaN or Inf in its weight, a mask of another length, or
         a K that is not a multiple of ``config.group_size``. The given layer stays as it is.
         """
-        layer = cls._for(linear, config, salient_mask, "from_linear")
-        layer.packed_weight = layer._quantize(linear.weight)
-        return layer
-
-    @classmethod
-    def from_quantized(
-        cls,
-        linear: nn.Linear,
-        config: SpikeConfig | None,
-        salient_mask: Tensor | None,
-        q: Tensor,
-        scale: Tensor,
-        zero: Tensor,
-    ) -> SpikingLinear:
-        """A layer with ready codes: W^ = scale (q - zero), in place of ``linear``, of which the bias, dtype and mode are taken.
-
-        q uint8 [N, K], its channels in the layer's own order; scale float32 [N, G], zero uint8 [N, G] of the format's groups,
-        as :func:`ranvier.reference.spike_linear.quantize_weight` returns them: group_size channels of each range in the
-        codes' order (other channels, then salient ones, both ascending), or one group a range.
-
-        Raises like :meth:`from_linear`, and for tables of another shape or dtype, codes above 15 or scales not above 0.
-        """
-        layer = cls._for(linear, config, salient_mask, "from_quantized")
-        where = f"{cls.__name__}.from_quantized"
-        check_is_tensor(where, "q", q)
-        check_tensor(where, "q", q, torch.uint8, tuple(linear.weight.shape))
-        layer.packed_weight = layer._pack(Quantized(q, scale, zero))
-        return layer
+        layer = cls._shell("from_linear", linear, config, salient_mask)
+        return layer._take(layer._quantize(linear.weight))
 
     @staticmethod
     def default_config() -> SpikeConfig:
@@ -175,23 +152,35 @@ class SpikingLinear(nn.Module):
         return SpikeConfig()
 
     @classmethod
-    def _for(cls, linear: nn.Linear, config: SpikeConfig | None, salient_mask: Any, call: str) -> SpikingLinear:
-        """A layer in place of `linear`, with its mask and bias, whose weight is still to come."""
+    def _shell(cls, way: str, linear: nn.Linear, config: SpikeConfig | None, salient_mask: Tensor | None) -> SpikingLinear:
+        """The layer with mask and bias, its weight still empty."""
+        where = f"{cls.__name__}.{way}"
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{where}: got {type(linear).__name__}; pass a torch.nn.Linear")
         config = config or cls.default_config()
-        mask = check_conversion(cls, call, linear, config, salient_mask)
-        weight, bias = linear.weight, linear.bias
-        shape = (linear.in_features, linear.out_features, bias is not None)
-        layer = cls(*shape, config, int(mask.sum()), weight.device, weight.dtype)
-        layer.salient_mask = mask.clone() if mask is salient_mask else mask
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        out_features, in_features = linear.weight.shape
+        check_convertible(where, linear, config)
+        mask = torch.zeros(in_features, dtype=torch.bool) if salient_mask is None else torch.as_tensor(salient_mask)
+        if mask.dtype != torch.bool or tuple(mask.shape) != (in_features,):
+            raise ValueError(
+                f"{where}: salient_mask is {mask.dtype} {list(mask.shape)};"
+                f" pass bool [{in_features}], one entry per input channel"
+            )
+        if config.salient_share == 0 and config.act_bits is None and bool(mask.any()):
+            raise ValueError(f"{where}: salient_mask with act_bits=None, where nothing spikes; leave it out")
+        mask, weight = mask.to(linear.weight.device), linear.weight
+        layer = cls(in_features, out_features, linear.bias is not None, config, int(mask.sum()), weight.device, weight.dtype)
+        layer.salient_mask = mask.clone() if salient_mask is not None and mask is salient_mask else mask
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
         return layer.train(linear.training)
 
     def _quantize(self, weight: Tensor) -> PackedWeight:
         return pack_weight(weight, self.salient_mask, self.format)
 
-    def _pack(self, codes: Quantized) -> PackedWeight:
-        return pack_quantized(codes, self.salient_mask, self.format)
+    def _take(self, packed: PackedWeight) -> SpikingLinear:
+        self.weight_packed, self.weight_scale, self.weight_zero, self.weight_sum = packed
+        return self
 
     @property
     def format(self) -> SpikeFormat:
@@ -206,10 +195,6 @@ class SpikingLinear(nn.Module):
     def packed_weight(self) -> PackedWeight:
         """The weight's buffers, as the functional calls take them."""
         return PackedWeight(self.weight_packed, self.weight_scale, self.weight_zero, self.weight_sum)
-
-    @packed_weight.setter
-    def packed_weight(self, packed: PackedWeight) -> None:
-        self.weight_packed, self.weight_scale, self.weight_zero, self.weight_sum = packed
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N]. Raises ValueError for another K, TypeError for other dtypes."""
@@ -342,22 +327,6 @@ class SpikingLinear(nn.Module):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_plan": None}
-
-
-def check_conversion(cls: type, call: str, linear: nn.Linear, config: SpikeConfig, salient_mask: Any) -> Tensor:
-    """The mask on the weight's device. Raises TypeError or ValueError for what ``cls.from_linear`` does not take."""
-    where = f"{cls.__name__}.{call}"
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"{where}: got {type(linear).__name__}; pass a torch.nn.Linear")
-    check_convertible(where, linear, config)
-    channels = linear.weight.shape[1]
-    mask = torch.zeros(channels, dtype=torch.bool) if salient_mask is None else torch.as_tensor(salient_mask)
-    if mask.dtype != torch.bool or tuple(mask.shape) != (channels,):
-        got = f"{mask.dtype} {list(mask.shape)}"
-        raise ValueError(f"{where}: salient_mask is {got}; pass bool [{channels}], one entry per input channel")
-    if config.salient_share == 0 and config.act_bits is None and bool(mask.any()):
-        raise ValueError(f"{where}: salient_mask with act_bits=None, where nothing spikes; leave it out")
-    return mask.to(linear.weight.device)
 
 
 def check_convertible(where: str, linear: nn.Linear, config: SpikeConfig) -> None:

@@ -177,7 +177,7 @@ class SpikeEvents:
     """What a layer costs on given tokens; u counts the unsigned code's spikes, c the centred one's, as ``encoding``.
 
     macs: multiply-accumulates a token of the merged product. ace: the papers' arithmetic computation effort a token:
-    bits of the weight x bits of the activation (of all time steps) per multiply-accumulate; 256 in float16. output:
+    bits of the weight x bits of the activation, each of all time steps, per multiply-accumulate; 256 in float16. output:
     int64 [..., N, G], the sums over each group of weights that share a scale; None where spikes were only counted.
     """
 
@@ -188,11 +188,12 @@ class SpikeEvents:
     ace: int
     act_bits: int
     output: Tensor | None
+    weight_bits: int = reference.WEIGHT_BITS
 
     @property
     def mac_equivalents(self) -> float:
         """Multiply-accumulates a token if one time step's operands count as one: macs * (1 + share of extra steps)."""
-        return self.ace / (reference.WEIGHT_BITS * self.act_bits)
+        return self.ace / (self.weight_bits * self.act_bits)
 
     def per_token(self) -> dict[str, float]:
         """Means over the tokens, as plain numbers that add up over layers. Zero fraction: silent / codes."""
@@ -231,6 +232,13 @@ def weight_columns(layer: SpikingLayer) -> tuple[Tensor, Tensor, int]:
     signed = unpack(weight.packed, form, out).to(torch.int16) - _by_output(weight.zero, out)[:, groups]
     t = _in_order(layer, reference.thresholds(layer.salient_mask, **form.rule))
     return (signed.T * t[:, None].to(torch.int16)).contiguous().cpu(), groups.cpu(), len(ranges)
+
+
+def _weight_bits(layer: SpikingLayer) -> Tensor:
+    """Bits of a channel's weights, those of all their time steps where it is the weights that spike: int64 [K]."""
+    bits, mask = layer.format.weight_bits, layer.salient_mask
+    steps = layer.config.steps if bits == 2 else 1
+    return torch.where(mask, bits * steps, bits)
 
 
 def _in_order(layer: SpikingLayer, values: Tensor) -> Tensor:
@@ -286,9 +294,9 @@ def spike_events(layer: SpikingLayer, x: Tensor, encoding: str = "gif", *, execu
     if execute:
         output = _run(layer, u, centred, encoding, level)
         output = output.reshape(*lead, *output.shape[1:]).to(x.device)
-    bits = int(reference.bits_per_channel(layer.salient_mask, **form.rule).sum())
-    ace = reference.WEIGHT_BITS * bits * layer.out_features
-    return SpikeEvents(encoding, *counted, form.channels * layer.out_features, ace, form.act_bits, output)
+    ace = int((_weight_bits(layer) * reference.bits_per_channel(layer.salient_mask, **form.rule)).sum()) * layer.out_features
+    macs = form.channels * layer.out_features
+    return SpikeEvents(encoding, *counted, macs, ace, form.act_bits, output, form.weight_bits)
 
 
 def spike_raster(layer: SpikingLayer, x: Tensor, encoding: str = "gif") -> Tensor:

@@ -32,6 +32,7 @@ from ranvier.ops.spike_linear import (
 )
 from ranvier.reference import ternary_linear as reference
 from ranvier.reference.spike_encode import channel_order
+from ranvier.reference.weight_only_linear import digit_count, weight_only_linear
 
 WEIGHT = (
     "Tensor weight_packed, Tensor weight_scale, Tensor weight_zero, Tensor? salient_mask, Tensor? bias,"
@@ -229,7 +230,8 @@ op = declare(
 
 
 def _dynamic_format(x: Tensor, rest: tuple) -> TernaryFormat:
-    return _format_of(x.shape[-1], rest[6], rest[7])
+    """act_bits 0 is weight-only, whose digits are 8-bit codes."""
+    return _format_of(x.shape[-1], rest[6], rest[7] or 8)
 
 
 def check_dynamic(x: Tensor, *rest) -> None:
@@ -251,13 +253,20 @@ def cpu_dynamic(x: Tensor, *rest) -> Tensor:
     y, x = fake_dynamic(x, *rest), plain(x)
     (description, held), dtype = _native(rest[:7], form), DTYPES[x.dtype]
     tokens = x.numel() // form.channels
-    _C.spike_linear_dynamic(description, x.data_ptr(), form.channels, dtype, tokens, y.data_ptr(), dtype)
+    if rest[7] == 0:
+        digits = digit_count(x.dtype)
+        _C.weight_only_linear(description, x.data_ptr(), form.channels, dtype, tokens, digits, y.data_ptr(), dtype)
+    else:
+        _C.spike_linear_dynamic(description, x.data_ptr(), form.channels, dtype, tokens, y.data_ptr(), dtype)
     del held
     return y
 
 
 def reference_dynamic(x: Tensor, *rest) -> Tensor:
     form = _dynamic_format(x, rest)
+    if rest[7] == 0:
+        weight, mask, bias, out, _ = _split(rest[:7])
+        return weight_only_linear(x, dequantize_ternary(weight, mask, form, out), bias).to(x.dtype)
     encoded = reference_encode(x, None, 0, form.act_bits, form.steps, form.span, form.grid, 0)
     return _reference_product(encoded.codes, encoded.scale, rest[:7], form, x.dtype)
 
@@ -273,7 +282,7 @@ def backward(ctx, grad: Tensor) -> tuple:
     out, count, act_bits = ctx.options
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        form = _format_of(ctx.channels, count, act_bits)
+        form = _format_of(ctx.channels, count, act_bits or 8)
         grad_x = grad @ dequantize_ternary(PackedWeight(packed, scale, zero, None), mask, form, out).to(grad.dtype)
     if ctx.has_bias and ctx.needs_input_grad[5]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
@@ -331,12 +340,14 @@ def ternary_linear_dynamic(
     bias: Tensor | None = None,
     salient_mask: Tensor | None = None,
     *,
+    weight_only: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Encode and multiply in one call: x [..., K] float32, bfloat16 or float16 -> [..., N] in x's dtype.
 
+    With weight_only x is not quantized, but multiplied as its radix-256 digits: :func:`ranvier.ops.weight_only_linear`.
     Differentiable in x (straight-through: dx = dy W^) and bias. Raises like :func:`ternary_linear`.
     """
     check_channels("ternary_linear", x, form.channels)
     arguments = _arguments(weight, salient_mask, bias, out_features, form.salient_count)
-    return dynamic_op(x, *arguments, form.act_bits, backend=backend)
+    return dynamic_op(x, *arguments, 0 if weight_only else form.act_bits, backend=backend)
