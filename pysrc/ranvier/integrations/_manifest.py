@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ranvier.config import SpikeConfig
+from ranvier.config import QUANT_METHOD, SpikeConfig
 from ranvier.nn.spike_linear import SpikingLinear
 from ranvier.ops._args import DTYPES
 
@@ -111,6 +111,15 @@ def file_facts(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def is_pretrained(folder: Path) -> bool:
+    """Whether this is a spiking model as transformers' save_pretrained writes it: config.json names our method."""
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return values["quantization_config"]["quant_method"] == QUANT_METHOD
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check ranvier.json and that the files it names are whole. Raises ValueError naming file and fault."""
     path = folder / MANIFEST
@@ -138,7 +147,8 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _parse(values: Mapping[str, Any]) -> Manifest:
+def parse_layers(values: Mapping[str, Any]) -> tuple[list[SpikeConfig], list[LayerEntry], list[list[str]]]:
+    """The configs, layers and groups of a description. Raises ValueError, or what a wrong type raises, naming the fault."""
     configs = [SpikeConfig.from_dict(config) for config in values["configs"]]
     layers = [LayerEntry(**entry) for entry in values["layers"]]
     for layer in layers:
@@ -155,6 +165,11 @@ def _parse(values: Mapping[str, Any]) -> Manifest:
     for names in groups:
         if len({(by_name[name].in_features, by_name[name].salient_count) for name in names}) != 1:
             raise ValueError(f"the group of {names[:1]} has layers of different in_features or salient_count")
+    return configs, layers, groups
+
+
+def _parse(values: Mapping[str, Any]) -> Manifest:
+    configs, layers, groups = parse_layers(values)
     tied = dict(values["tied"])
     if not all(isinstance(name, str) for name in tied.values()):
         raise ValueError("'tied' must map names to names")
