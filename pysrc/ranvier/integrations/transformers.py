@@ -52,7 +52,9 @@ def register() -> None:
     ``from_pretrained(path, quantization_config=ranvier.SpikeConfig(...))`` then converts on load, through
     :func:`ranvier.spike_`. ``calibration`` is an iterable of batches or the path of a text, which the tokenizer of the
     folder cuts into windows; without it only ``pipeline="rtn"`` with ``salient=0`` (or 1) can be converted. What was
-    converted is saved by ``save_pretrained`` and loaded by ``from_pretrained`` with equal logits bit for bit.
+    converted is saved by ``save_pretrained`` and loaded by ``from_pretrained`` with equal logits bit for bit. (Cast a
+    model by ``dtype=``, not by ``.to`` after loading: that also rounds buffers which transformers' folders do not keep,
+    the rotary frequencies; those of ``ranvier.save`` do.)
 
     Raises ImportError, naming the extra, where transformers is missing.
     """
