@@ -123,17 +123,17 @@ class SpikeQuantizer:
 
     # --- loading a spiking model --------------------------------------------------------------------------------------
 
-    def _process_model_before_weight_loading(
-        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **_: Any
-    ) -> None:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **_: Any) -> None:
         model.config.quantization_config = self.quantization_config  # without the calibration
         if not self.pre_quantized:
             return
         from ranvier.integrations.folder import _empty_layers
 
         manifest = self.quantization_config.manifest()
-        manifest.layers = [dataclasses.replace(entry, **_dtypes(entry, dtype)) for entry in manifest.layers]
-        layers, places = _empty_layers(manifest), _places(model, manifest)
+        places = _places(model, manifest)
+        dtypes = {entry.name: model.get_submodule(name).weight.dtype for entry, name in places}
+        manifest.layers = [_cast(entry, dtypes.get(entry.name)) for entry in manifest.layers]
+        layers = _empty_layers(manifest)
         for entry, name in places:
             parent, _, key = name.rpartition(".")
             self._layers[name] = model.get_submodule(parent)._modules[key] = layers[entry.name]
@@ -276,12 +276,12 @@ def _text_batches(model: Any, path: Path) -> Iterable[Tensor]:
     return batches
 
 
-def _dtypes(entry: LayerEntry, dtype: torch.dtype | None) -> dict[str, str]:
-    """The entry's dtypes when the model is loaded in another one."""
+def _cast(entry: LayerEntry, dtype: torch.dtype | None) -> LayerEntry:
+    """The entry with the dtype in which the model is loaded."""
     if dtype is None:
-        return {}
+        return entry
     name = str(dtype).removeprefix("torch.")
-    return {"dtype": name} if entry.bias is None else {"dtype": name, "bias": name}
+    return dataclasses.replace(entry, dtype=name, bias=None if entry.bias is None else name)
 
 
 def _places(model: Any, manifest: Manifest) -> list[_Place]:
