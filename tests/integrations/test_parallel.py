@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from itertools import pairwise
 
 import parallel_worker as worker
 import pytest
+import tiny_lm
 import torch
 from torch import nn
 
 import ranvier
 from ranvier import SpikeConfig
 from ranvier.integrations.parallel import output_range, shard
+from ranvier.integrations.transformers import generate, load_causal_lm
 from ranvier.nn import SpikingLinear
 
 pytest.importorskip("transformers")
@@ -140,3 +144,24 @@ def test_fsdp2_gives_the_same_bits_and_trains(found, whole):
             assert torch.equal(grad, grads[name]), name  # the mean of two equal ones
         with torch.no_grad():
             assert torch.equal(mine["fsdp_trained"], model(worker.ids(7)).logits)
+
+
+# --- torchrun ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_torchrun_generates_what_one_process_does(tmp_path):
+    model = tiny_lm.spiking_llama(tied=False)
+    ranvier.save(model, tmp_path / "model", tiny_lm.tiny_tokenizer())
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ranvier"]
+    command = ["generate", tmp_path / "model", "--prompt", "the node", "--max-new-tokens", "5"]
+    run = [sys.executable, *launch, *map(str, command)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    wanted = generate(model, tiny_lm.tiny_tokenizer(), "the node", 5)
+    assert done.returncode == 0 and done.stdout == wanted + "\n", done.stderr
+
+
+def test_only_ranvier_folders_are_split(tmp_path):
+    tiny_lm.tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"only a folder that ranvier\.save wrote can be split"):
+        load_causal_lm(tmp_path, split=True)

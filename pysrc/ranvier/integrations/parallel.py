@@ -21,6 +21,7 @@ leaves buffers, which spiking weights are, whole.
 
 from __future__ import annotations
 
+import atexit
 import fnmatch
 import math
 import os
@@ -262,3 +263,4 @@ def join() -> None:
     """Join the other processes that torchrun started; further calls do nothing."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)

