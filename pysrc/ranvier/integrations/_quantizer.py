@@ -306,6 +306,8 @@ def _places(model: Any, manifest: Manifest) -> list[_Place]:
                 f"config.json says that {entry.name} is {entry.in_features} -> {entry.out_features};"
                 f" in {type(model).__name__} it is {old.in_features} -> {old.out_features}"
             )
+        if old.bias is not None and entry.bias is None:
+            raise ValueError(f"{entry.name} has a bias in {type(model).__name__}, and none by config.json")
         places.append(_Place(entry, name))
     if not places:
         raise ValueError(f"config.json names no spiking layer of {type(model).__name__}")

@@ -23,7 +23,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from ranvier.integrations._manifest import CONFIG, MANIFEST
@@ -95,12 +94,9 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike, tokenizer: Any 
     target = Path(folder)
     old = [file.name for file in target.iterdir() if WEIGHT_FILES.fullmatch(file.name)] if target.is_dir() else []
     with staged(target, CONFIG, tuple(old)) as stage:
-        try:
-            model.save_pretrained(stage, **options)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(stage)
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(f"{folder}: the model cannot be written: {_one_line(error)}") from error
+        model.save_pretrained(stage, **options)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
 
 
 def load_pretrained(folder: str | os.PathLike, dtype: torch.dtype | str = "auto") -> nn.Module:
@@ -197,6 +193,8 @@ def load_causal_lm(path: str | os.PathLike, dtype: torch.dtype = torch.float32, 
     elif not path.exists():
         _check_hub_name(source)
     try:
+        if gguf is None:
+            transformers.AutoConfig.from_pretrained(source)  # first, to name an architecture that is unknown
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **names)
         model = _from_pretrained(transformers.AutoModelForCausalLM, source, **names, **options)
     except ImportError:
