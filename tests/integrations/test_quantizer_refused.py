@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -37,18 +38,25 @@ def from_pretrained(path, **options):
     return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A spiking model of save_pretrained, to be damaged."""
-    lm.save_pretrained(spiking_llama(), tmp_path / "model", tiny_tokenizer())
-    return tmp_path / "model"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A spiking model of save_pretrained and a plain one, to be read only."""
+    path = tmp_path_factory.mktemp("whole")
+    lm.save_pretrained(spiking_llama(), path / "model", tiny_tokenizer())
+    tiny_llama().save_pretrained(path / "plain")
+    tiny_tokenizer().save_pretrained(path / "plain")
+    return path
 
 
 @pytest.fixture
-def plain(tmp_path) -> Path:
-    tiny_llama().save_pretrained(tmp_path / "plain")
-    tiny_tokenizer().save_pretrained(tmp_path / "plain")
-    return tmp_path / "plain"
+def folder(whole, tmp_path) -> Path:
+    """The spiking model, to be damaged."""
+    return Path(shutil.copytree(whole / "model", tmp_path / "model"))
+
+
+@pytest.fixture
+def plain(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole / "plain", tmp_path / "plain"))
 
 
 def edit(folder: Path, change) -> None:
