@@ -84,7 +84,7 @@ def loaded(found: dict, folder: Path) -> None:
         found["loaded"] = model(ids(7)).logits
     found["loaded_bytes"] = held_bytes(model)
     q, k = model.model.layers[0].self_attn.q_proj.part, model.model.layers[0].self_attn.k_proj.part
-    found["loaded_group"] = q.group is not None and q.group is k.group and q.salient_mask is k.salient_mask
+    found["loaded_group"] = q.group is not None and q.group is k.group and q.salient_mask is k.salient_mask is q.group.mask
 
 
 def sharded_parameters(found: dict) -> None:

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     text = read_text(args.calibration) if args.calibration else None
 
     from ranvier import save, spike_
+    from ranvier.integrations._quantizer import conversion_note
     from ranvier.integrations.folder import check_folder
     from ranvier.methods.spikellm.data import calibration_batches, topics_text
 
@@ -44,5 +45,7 @@ def run(args: argparse.Namespace) -> int:
     report = spike_(model, config, batches)
     save(model, args.out, tokenizer)
     print(report)
+    if note := conversion_note(model):
+        print(f"note: {note}")
     print(f"wrote {args.out}")
     return 0
