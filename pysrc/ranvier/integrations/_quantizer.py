@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from ranvier.config import QUANT_METHOD, SpikeConfig
 from ranvier.integrations import _manifest as manifests
-from ranvier.integrations._manifest import FORMAT_VERSION, LayerEntry, Manifest
+from ranvier.integrations._manifest import LayerEntry, Manifest
 from ranvier.nn.spike_linear import SpikingLinear
 
 TESTED = ("gemma2", "gemma3_text", "llama", "mistral", "opt", "qwen2", "qwen3")  # model types
-KEYS = ("configs", "layers", "groups")
 # A tensor of this shape under the name of a weight that is no more: transformers without this method would make a plain
 # linear layer, give it random values and say so in a report; the shape makes that an error.
 GUARD_SHAPE = (1,)
@@ -39,8 +38,9 @@ class StoredConfig:
 
     quant_method = QUANT_METHOD
 
-    def __init__(self, configs: list, layers: list, groups: list) -> None:
-        self.configs, self.layers, self.groups = configs, layers, groups
+    def __init__(self, manifest: Manifest | None = None) -> None:
+        """manifest: None where the layers are still to come."""
+        self.manifest = manifest or Manifest([], [], [], {}, {})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StoredConfig) and self.to_dict() == other.to_dict()
@@ -55,35 +55,22 @@ class StoredConfig:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, SpikingLinear)}
         if not layers:
             raise ValueError(f"{type(model).__name__} has no spiking layer; spike_ it first, or dequantize() what is left")
-        content = _describe(model, layers, {}).content()
-        return cls(*(content[key] for key in KEYS))
+        return cls(_describe(model, layers, {}))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Raises ValueError for another format version and for a damaged description."""
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"quantization_config has format_version {version!r}; this ranvier reads {FORMAT_VERSION}:"
-                " update ranvier, or convert the model again"
-            )
+        manifests.check_version(values, "quantization_config in config.json")
         try:
-            config = cls(*(values[key] for key in KEYS))
-            config.manifest()
+            config = cls(manifests.parse_structure(values))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"quantization_config of {QUANT_METHOD} is damaged: {reason}") from error
         return (config, kwargs) if return_unused_kwargs else config
 
-    def manifest(self) -> Manifest:
-        """The description, checked."""
-        values = {key: getattr(self, key) for key in KEYS}
-        return Manifest(*manifests.parse_layers(values), tied={}, model={})
-
     def to_dict(self) -> dict[str, Any]:
         """Plain json values."""
-        head = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
-        return {**head, **{key: getattr(self, key) for key in KEYS}}
+        return {"quant_method": QUANT_METHOD, "format_version": self.manifest.version, **self.manifest.structure()}
 
 
 class _Place(NamedTuple):
@@ -101,7 +88,7 @@ class SpikeQuantizer:
         if isinstance(quantization_config, SpikeConfig):
             self._calibration = quantization_config.calibration
             self.spike_config = dataclasses.replace(quantization_config, calibration=None)
-            quantization_config = registered().config([], [], [])  # described once there are layers
+            quantization_config = registered().config()  # described once there are layers
         super().__init__(quantization_config, **kwargs)
         self._layers: dict[str, SpikingLinear] = {}
 
@@ -129,11 +116,11 @@ class SpikeQuantizer:
             return
         from ranvier.integrations.folder import _empty_layers
 
-        manifest = self.quantization_config.manifest()
+        manifest = self.quantization_config.manifest
         places = _places(model, manifest)
         dtypes = {entry.name: model.get_submodule(name).weight.dtype for entry, name in places}
-        manifest.layers = [_cast(entry, dtypes.get(entry.name)) for entry in manifest.layers]
-        layers = _empty_layers(manifest)
+        cast = [_cast(entry, dtypes.get(entry.name)) for entry in manifest.layers]
+        layers = _empty_layers(dataclasses.replace(manifest, layers=cast))
         for entry, name in places:
             parent, _, key = name.rpartition(".")
             self._layers[name] = model.get_submodule(parent)._modules[key] = layers[entry.name]

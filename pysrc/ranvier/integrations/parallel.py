@@ -64,7 +64,7 @@ def shard(layer: SpikingLinear, rank: int, world: int) -> SpikingLinear:
     first, last = output_range(layer.out_features, rank, world)
     rows = slice(first // BLOCK, -(-last // BLOCK))
     shape = (layer.in_features, last - first, layer.bias is not None, layer.config, layer.salient_count)
-    part = SpikingLinear(*shape, device="meta", dtype=layer.dtype)
+    part = type(layer)(*shape, device="meta", dtype=layer.dtype)
     for name, tensor in layer._buffers.items():
         if tensor is not None:
             setattr(part, name, tensor[rows].clone() if name in WEIGHT_BUFFERS else tensor)
