@@ -19,7 +19,7 @@ from tiny_lm import TEXT, logits, spiking_llama, tiny_llama, tiny_tokenizer, tok
 import ranvier
 from ranvier.config import QUANT_METHOD
 from ranvier.integrations import transformers as lm
-from ranvier.integrations._quantizer import conversion_note
+from ranvier.integrations._conversion import conversion_note
 from ranvier.nn import SpikeGroup, SpikingLinear
 
 pytest.importorskip("transformers")

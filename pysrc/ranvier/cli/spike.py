@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     text = read_text(args.calibration) if args.calibration else None
 
     from ranvier import save, spike_
-    from ranvier.integrations._quantizer import conversion_note
+    from ranvier.integrations._conversion import conversion_note
     from ranvier.integrations.folder import check_folder
     from ranvier.methods.spikellm.data import calibration_batches, topics_text
 

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ranvier.config import QUANT_METHOD, SpikeConfig
 from ranvier.integrations import _manifest as manifests
+from ranvier.integrations._conversion import check_calibration, conversion_note, text_batches, untie
 from ranvier.integrations._manifest import LayerEntry, Manifest
 from ranvier.nn.spike_linear import SpikingLinear
 
-TESTED = ("gemma2", "gemma3_text", "llama", "mistral", "opt", "qwen2", "qwen3")  # model types
 # A tensor of this shape under the name of a weight that is no more: transformers without this method would make a plain
 # linear layer, give it random values and say so in a report; the shape makes that an error.
 GUARD_SHAPE = (1,)
@@ -67,6 +67,10 @@ class StoredConfig:
             reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"quantization_config of {QUANT_METHOD} is damaged: {reason}") from error
         return (config, kwargs) if return_unused_kwargs else config
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """So that ``dict(config)`` is :meth:`to_dict`."""
+        yield from self.to_dict().items()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain json values."""
@@ -151,7 +155,7 @@ class SpikeQuantizer:
 
         calibration = self._calibration
         if isinstance(calibration, (str, os.PathLike)):
-            calibration = _text_batches(model, Path(calibration))
+            calibration = text_batches(model, Path(calibration))
         self.report = spike_(model, self.spike_config, calibration)
         self._calibration = None
         untie(model)
@@ -224,45 +228,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def check_calibration(config: SpikeConfig, calibration: Any) -> None:
-    """Raises ValueError where calibration is needed and missing, OSError or ValueError for a text that cannot be read."""
-    if calibration is None and config.needs_calibration:
-        raise ValueError(
-            f"SpikeConfig(pipeline={config.pipeline!r}, salient={config.salient}) needs calibration: pass"
-            " SpikeConfig(calibration=...) with batches or the path of a text file; without it only pipeline='rtn' with"
-            " salient=0 can be converted"
-        )
-    if isinstance(calibration, (str, os.PathLike)):
-        _read(Path(calibration))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"calibration {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-
-
-def _text_batches(model: Any, path: Path) -> Iterable[Tensor]:
-    """Windows of a text, by the tokenizer that lies where the model was loaded from."""
-    from transformers import AutoTokenizer
-
-    from ranvier.methods.spikellm.data import calibration_batches, check_ids
-
-    source = model.config.name_or_path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"calibration {path} is a text, and {source} has no readable tokenizer ({reason}); pass batches of ids"
-        ) from error
-    batches = list(calibration_batches(tokenizer, _read(path)))
-    for batch in batches:
-        check_ids(model, batch)
-    return batches
-
-
 def _cast(entry: LayerEntry, dtype: torch.dtype | None) -> LayerEntry:
     """The entry with the dtype in which the model is loaded."""
     if dtype is None:
@@ -327,38 +292,3 @@ def _check_files(layers: Mapping[str, SpikingLinear], prefix: str, files: Iterab
             if stored[1] != tuple(tensor.shape) or (stored[0] != dtype and key != "bias"):
                 got, wanted = f"{stored[0]} {list(stored[1])}", f"{dtype} {list(tensor.shape)}"
                 raise ValueError(f"{folder}: {name} is {got}; config.json describes {wanted}")
-
-
-def untie(model: Any) -> None:
-    """Let the configuration say so where a conversion has parted the output layer from the embedding."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    parted = [target for target, source in tied.items() if _tensor(model, target) is not _tensor(model, source)]
-    if parted:
-        model.all_tied_weights_keys = {target: source for target, source in tied.items() if target not in parted}
-        if not model.all_tied_weights_keys:
-            model.config.tie_word_embeddings = False
-
-
-def _tensor(model: nn.Module, name: str) -> Any:
-    parent, _, key = name.rpartition(".")
-    return getattr(model.get_submodule(parent), key, None)
-
-
-def conversion_note(model: Any) -> str | None:
-    """What a user should know of a model of a family that the tests do not cover; None for one that they do."""
-    family = getattr(getattr(model, "config", None), "model_type", None)
-    if family in TESTED:
-        return None
-    spiking = sum(isinstance(module, SpikingLinear) for module in model.modules())
-    left: dict[str, int] = {}
-    for module in model.modules():
-        if not isinstance(module, (nn.Linear, nn.Embedding)):
-            count = sum(p.dim() > 1 for p in module.parameters(recurse=False))
-            if count:
-                left[type(module).__name__] = left.get(type(module).__name__, 0) + count
-    kinds = ", ".join(f"{count} of {name}" for name, count in sorted(left.items()))
-    rest = f"; matrices that are not nn.Linear stay as they are: {kinds}" if kinds else ""
-    return (
-        f"{type(model).__name__} ({family or 'not of transformers'}) is of no family that ranvier is tested with"
-        f" ({', '.join(TESTED)}): its {spiking} linear layers were converted generically, nothing was fused{rest}"
-    )

@@ -70,7 +70,8 @@ def attach(model: nn.Module) -> nn.Module:
     transformers = import_transformers()
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(f"attach: {type(model).__name__} is no model of transformers; ranvier.save stores any module")
-    from ranvier.integrations._quantizer import registered, untie
+    from ranvier.integrations._conversion import untie
+    from ranvier.integrations._quantizer import registered
 
     classes = registered()
     quantizer = classes.quantizer(classes.config.describe(model), pre_quantized=True)
