@@ -12,6 +12,7 @@ GROUP_SIZES = (None, 32, 64, 128)
 WEIGHT_BITS = (4, 2)
 WEIGHT_GRIDS = ("uniform", "ternary")
 SALIENCY = ("signed", "absolute")
+QUANT_METHOD = "ranvier-spike"  # the name of this quantization among those of transformers
 PIPELINES = ("rtn", "gptq", "omniquant")
 SALIENT_WEIGHT_LEVELS = 16  # codes of a salient column of a 2-bit weight are stored in 4 bits
 
@@ -72,6 +73,13 @@ class SpikeConfig:
     weight_grid: str = "uniform"
     saliency: str = "signed"
     calibration: Any = field(default=None, compare=False, repr=False)
+
+    # What transformers asks of a quantization_config (ranvier.integrations.transformers.register).
+    quant_method = QUANT_METHOD
+
+    def __deepcopy__(self, memo: dict) -> SpikeConfig:
+        # Nothing of it changes, and calibration may be an iterator, which cannot be copied.
+        return self
 
     def __post_init__(self) -> None:
         _one_of("weight_bits", self.weight_bits, WEIGHT_BITS)

@@ -95,7 +95,7 @@ def test_metadata(shipped: Shipped) -> None:
     assert found["License-Expression"] == "Apache-2.0" and found["Requires-Python"] == ">=3.10"
     required = {line for line in found.get_all("Requires-Dist") if "extra ==" not in line}
     assert required == {"torch>=2.10", "numpy", "numba", "safetensors", "tqdm"}
-    assert set(found.get_all("Provides-Extra")) == {"models", "plot", "demo", "test", "lint", "bench", "bench-peers"}
+    assert set(found.get_all("Provides-Extra")) == {"models", "eval", "plot", "demo", "test", "lint", "bench", "bench-peers"}
 
 
 @pytest.mark.slow

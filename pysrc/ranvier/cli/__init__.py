@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import NoReturn
 
 from ranvier.cli import demo, eval, generate, info, spike, spikellm
@@ -32,6 +34,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Of the processes that torchrun starts only the first prints."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
     try:
@@ -39,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        return COMMANDS[args.command].run(args)
+        with _one_voice():
+            return COMMANDS[args.command].run(args)
     except KeyboardInterrupt:
         print("ranvier: interrupted", file=sys.stderr)
         return INTERRUPTED

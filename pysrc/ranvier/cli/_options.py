@@ -32,12 +32,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer) as the options of :func:`add_model` name them."""
+    """(model, tokenizer) as the options of :func:`add_model` name them; under torchrun each process reads its share."""
     import torch
 
+    from ranvier.integrations.parallel import join, launched
     from ranvier.integrations.transformers import load_causal_lm
 
-    return load_causal_lm(args.model, getattr(torch, args.dtype))
+    if launched():
+        join()
+    return load_causal_lm(args.model, getattr(torch, args.dtype), split=launched())
 
 
 def read_text(path: Path) -> str:

@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
     config = config_of(args)
 
     from ranvier import save, spike_
+    from ranvier.integrations._conversion import conversion_note
     from ranvier.integrations.folder import check_folder
 
     check_folder(args.out)
@@ -29,5 +30,7 @@ def run(args: argparse.Namespace) -> int:
     report = spike_(model, config, batches(tokenizer))
     save(model, args.out, tokenizer)
     print(report)
+    if note := conversion_note(model):
+        print(f"note: {note}")
     print(f"wrote {args.out}")
     return 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ranvier.config import SpikeConfig
+from ranvier.config import QUANT_METHOD, SpikeConfig
 from ranvier.nn.spike_linear import SpikingLinear
 from ranvier.nn.ternary_linear import TernaryLinear
 from ranvier.ops._args import DTYPES
@@ -66,15 +66,22 @@ class Manifest:
     model: dict[str, Any]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def content(self) -> dict[str, Any]:
-        """Everything but the files, as plain json values."""
+    @property
+    def version(self) -> int:
+        """The format version that a reader needs."""
+        return FORMAT_VERSION
+
+    def structure(self) -> dict[str, Any]:
+        """What the spiking layers are, as plain json values."""
         return {
-            "model": self.model,
             "configs": [config.to_dict() for config in self.configs],
             "layers": [vars(layer) for layer in self.layers],
             "groups": self.groups,
-            "tied": self.tied,
         }
+
+    def content(self) -> dict[str, Any]:
+        """Everything but the files, as plain json values."""
+        return {"model": self.model, **self.structure(), "tied": self.tied}
 
     def digest(self) -> str:
         """sha256 of the content; the tensor file carries it, so that the two belong together."""
@@ -88,7 +95,7 @@ class Manifest:
 
     def write(self, path: Path, version: str) -> None:
         """One line a layer, group or config, so that people can read it."""
-        head = {"format": "ranvier", "format_version": FORMAT_VERSION, "ranvier": version, "files": self.files}
+        head = {"format": "ranvier", "format_version": self.version, "ranvier": version, "files": self.files}
         lines = [f" {json.dumps(key)}: {_spread(value)}" for key, value in {**head, **self.content()}.items()]
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
@@ -112,6 +119,15 @@ def file_facts(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def is_pretrained(folder: Path) -> bool:
+    """Whether this is a spiking model as transformers' save_pretrained writes it: config.json names our method."""
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return values["quantization_config"]["quant_method"] == QUANT_METHOD
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check ranvier.json and that the files it names are whole. Raises ValueError naming file and fault."""
     path = folder / MANIFEST
@@ -124,11 +140,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{path} is damaged: not readable as json ({error}); save the model again") from error
     if not isinstance(values, dict) or values.get("format") != "ranvier":
         raise ValueError(f"{path} is not a ranvier file: its entry 'format' is missing or not 'ranvier'")
-    if values.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {values.get('format_version')!r}; this ranvier reads {FORMAT_VERSION}:"
-            " update ranvier, or save the model again"
-        )
+    check_version(values, str(path))
     try:
         manifest = _parse(values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -139,7 +151,21 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _parse(values: Mapping[str, Any]) -> Manifest:
+def check_version(values: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for a description of another format version."""
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{where} has format_version {version!r}; this ranvier reads {FORMAT_VERSION}:"
+            " update ranvier, or save the model again"
+        )
+
+
+def parse_structure(values: Mapping[str, Any]) -> Manifest:
+    """What the spiking layers of a model are: a manifest without files, tied names and model.
+
+    Raises ValueError, or what a missing entry or a wrong type raises, naming the fault.
+    """
     configs = [SpikeConfig.from_dict(config) for config in values["configs"]]
     layers = [LayerEntry(**entry) for entry in values["layers"]]
     for layer in layers:
@@ -156,6 +182,11 @@ def _parse(values: Mapping[str, Any]) -> Manifest:
     for names in groups:
         if len({(by_name[name].in_features, by_name[name].salient_count) for name in names}) != 1:
             raise ValueError(f"the group of {names[:1]} has layers of different in_features or salient_count")
+    return Manifest(configs, layers, groups, {}, {})
+
+
+def _parse(values: Mapping[str, Any]) -> Manifest:
+    manifest = parse_structure(values)
     tied = dict(values["tied"])
     if not all(isinstance(name, str) for name in tied.values()):
         raise ValueError("'tied' must map names to names")
@@ -165,7 +196,8 @@ def _parse(values: Mapping[str, Any]) -> Manifest:
         raise ValueError(f"'files' lacks {TENSORS} or names others than {', '.join(OWN_FILES[1:])}")
     if not isinstance(values["model"], dict) or not isinstance(values["model"]["class"], str):
         raise ValueError("'model' must name a class")
-    return Manifest(configs, layers, groups, tied, values["model"], {n: dict(f) for n, f in files.items()})
+    manifest.tied, manifest.model, manifest.files = tied, values["model"], {n: dict(f) for n, f in files.items()}
+    return manifest
 
 
 def check_entry(layer: LayerEntry, configs: int) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -114,7 +117,7 @@ def staged(folder: str | os.PathLike, marker: str, own: tuple[str, ...]) -> Iter
 
     marker: the file that tells a folder of ours; a folder with other files and without it is refused (FileExistsError).
     own: names that are ours, so those of the old folder go; its other files are carried over. If the block or the swap
-    fails the old folder is as it was.
+    fails the old folder is as it was. A full disk is an OSError that names the folder.
     """
     target = Path(os.path.realpath(folder))
     stage = _open_stage(target, marker)
@@ -125,7 +128,16 @@ def staged(folder: str | os.PathLike, marker: str, own: tuple[str, ...]) -> Iter
             shutil.copymode(target, stage)
         _sync_tree(stage)
         _swap(stage, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(stage, ignore_errors=True)
+        if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.filename is None):
+            raise _named(error, target) from error
         raise
     _sync(target.parent)
+
+
+def _named(error: Exception, target: Path) -> OSError:
+    """What a full disk raises, which safetensors reports as an error of its own and a write without a name."""
+    code = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    number = int(code[1]) if code else getattr(error, "errno", None) or errno.EIO
+    return OSError(number, f"the folder cannot be written: {os.strerror(number) if code else error}", str(target))

@@ -167,6 +167,8 @@ def _is_transformers(model: nn.Module) -> bool:
 def _write_configs(model: Any, stage: Path) -> None:
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], model.dtype
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # ranvier.json says it here; this tells the folder from one of save_pretrained
     config.save_pretrained(stage)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(stage)
@@ -183,10 +185,19 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> nn.Module
     parameters and persistent buffers take the folder's values and dtypes on the devices where they are, and it is
     returned; if anything fails it is as it was. Everything else of it stays.
 
+    A folder that transformers' ``save_pretrained`` wrote of a spiking model is loaded too, by transformers, without
+    ``model``.
+
     Raises ValueError naming file and fault for a missing, truncated, changed or unknown file, and the tensor or layer
     where folder and model do not fit; ImportError where transformers is needed and missing.
     """
     folder = Path(folder)
+    if not (folder / MANIFEST).is_file() and manifests.is_pretrained(folder):
+        if model is not None:
+            raise ValueError(f"load: {folder} was written by transformers, which builds the model itself; leave out model=")
+        from ranvier.integrations.transformers import load_pretrained
+
+        return load_pretrained(folder)
     manifest = manifests.read_manifest(folder)
     path = folder / TENSORS
     layers = _empty_layers(manifest)

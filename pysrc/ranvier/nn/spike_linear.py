@@ -10,19 +10,21 @@ from torch import Tensor, nn
 
 from ranvier import _C
 from ranvier.config import SpikeConfig
-from ranvier.ops._args import DTYPES, check_channels, check_is_tensor, plain
+from ranvier.ops._args import DTYPES, check_channels, check_is_tensor, check_tensor, plain
 from ranvier.ops._declare import needs_dispatcher
 from ranvier.ops.spike_encode import SpikeFormat
 from ranvier.ops.spike_linear import (
     PackedWeight,
     check_layer,
     layer_description,
+    pack_quantized,
     pack_weight,
     spike_linear_dynamic,
     unpack_weight,
 )
 from ranvier.ops.weight_only_linear import digit_format, weight_only_linear
 from ranvier.reference.spike_encode import spike_decode
+from ranvier.reference.spike_linear import Quantized
 from ranvier.reference.weight_only_linear import digit_count
 
 FORMAT_BYTES = 64  # the part of a layer's description that its encoding depends on (csrc SpikeFormat)
@@ -138,13 +140,36 @@ class SpikingLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, config: SpikeConfig | None = None, salient_mask: Tensor | None = None
     ) -> SpikingLinear:
-        """Quantize a linear layer. salient_mask: bool [K], None for no salient channel.
+        """Quantize a linear layer round to nearest. salient_mask: bool [K], None for no salient channel.
 
         Raises TypeError for another kind of layer, ValueError for NaN or Inf in its weight, a mask of another length, or
         a K that is not a multiple of ``config.group_size``. The given layer stays as it is.
         """
         layer = cls._shell("from_linear", linear, config, salient_mask)
         return layer._take(layer._quantize(linear.weight))
+
+    @classmethod
+    def from_quantized(
+        cls,
+        linear: nn.Linear,
+        config: SpikeConfig | None,
+        salient_mask: Tensor | None,
+        q: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+    ) -> SpikingLinear:
+        """A layer with ready codes: W^ = scale (q - zero), in place of ``linear``, of which the bias, dtype and mode are taken.
+
+        q uint8 [N, K], its channels in the layer's own order; scale float32 [N, G], zero uint8 [N, G] of the format's groups,
+        as :func:`ranvier.reference.spike_linear.quantize_weight` returns them: group_size channels of each range in the
+        codes' order (other channels, then salient ones, both ascending), or one group a range.
+
+        Raises like :meth:`from_linear`, and for tables of another shape or dtype, codes above 15 or scales not above 0.
+        """
+        layer = cls._shell("from_quantized", linear, config, salient_mask)
+        check_is_tensor("SpikingLinear.from_quantized", "q", q)
+        check_tensor("SpikingLinear.from_quantized", "q", q, torch.uint8, tuple(linear.weight.shape))
+        return layer._take(pack_quantized(Quantized(q, scale, zero), layer.salient_mask, layer.format))
 
     @staticmethod
     def default_config() -> SpikeConfig:

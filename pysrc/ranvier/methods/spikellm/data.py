@@ -53,6 +53,17 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
+def check_ids(model: Any, ids: Tensor) -> None:
+    """Raises ValueError for ids that the model's embedding does not have: they came from another model's tokenizer."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    rows = getattr(embedding, "num_embeddings", None)
+    if rows is not None and ids.numel() and int(ids.max()) >= rows:
+        raise ValueError(
+            f"the tokenizer does not match the model: it gives the id {int(ids.max())},"
+            f" and the embedding has {rows} rows; use the tokenizer that the model was trained with"
+        )
+
+
 def calibration_batches(tokenizer: Any, text: str, tokens: int = 2048, window: int = 512) -> Iterator[Tensor]:
     """The text's first tokens in windows: int64 [1, up to window] each, ``tokens`` in all or as many as the text has.
 

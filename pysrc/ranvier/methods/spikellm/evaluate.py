@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ranvier.methods.spikellm.data import token_ids
+from ranvier.methods.spikellm.data import check_ids, token_ids
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def perplexity(
     every token but the first is predicted from those before it. model(ids [1, window]) returns logits [1, window, V] or
     an object that has them. tokenizer(text)["input_ids"] is a list of ids.
 
-    Raises ValueError for a text shorter than one window, a window under 2 tokens or max_windows under 1.
+    Raises ValueError for a text shorter than one window, a window under 2 tokens, max_windows under 1, and ids that the
+    model's embedding does not have.
     """
     if window < 2 or (max_windows is not None and max_windows < 1):
         got = f"window={window}, max_windows={max_windows}"
@@ -65,6 +66,7 @@ def perplexity(
     count = ids.numel() // window
     if count == 0:
         raise ValueError(f"perplexity: the text has {ids.numel()} tokens, not one window of {window}; pass more")
+    check_ids(model, ids)
     count = count if max_windows is None else min(count, max_windows)
     device, total = _device(model), 0.0
     with evaluating(model):
