@@ -14,10 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ranvier.config import SpikeConfig
+from ranvier.nn.hadamard import Hadamard
 from ranvier.nn.spike_linear import SpikingLinear
 from ranvier.ops._args import DTYPES
 
 FORMAT_VERSION = 1
+ROTATED_VERSION = 2  # with layers behind a Hadamard transform, which a reader of version 1 would leave out
 MANIFEST = "ranvier.json"
 TENSORS = "ranvier.safetensors"
 CONFIG = "config.json"
@@ -49,13 +51,23 @@ class LayerEntry:
     dtype: str
 
 
+@dataclass(frozen=True)
+class HadamardEntry:
+    """One layer that a :class:`ranvier.nn.HadamardLinear` holds; order: of the matrix, a divisor of features."""
+
+    name: str
+    features: int
+    order: int
+
+
 @dataclass
 class Manifest:
     """The content of ranvier.json.
 
     groups: layers that share one mask and one encode; the mask is stored under the first. tied: name -> name under
     which its tensor is stored. model: class, and for transformers' models the attention kernel and the dtypes of
-    floating buffers that are not stored. files: size and sha256 of every file that loading reads.
+    floating buffers that are not stored. files: size and sha256 of every file that loading reads. hadamards: layers behind
+    a transform; without any the file is of version 1 and has no such entry.
     """
 
     configs: list[SpikeConfig]
@@ -64,15 +76,18 @@ class Manifest:
     tied: dict[str, str]
     model: dict[str, Any]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    hadamards: list[HadamardEntry] = field(default_factory=list)
 
     def content(self) -> dict[str, Any]:
         """Everything but the files, as plain json values."""
+        rotated = {"hadamards": [vars(entry) for entry in self.hadamards]} if self.hadamards else {}
         return {
             "model": self.model,
             "configs": [config.to_dict() for config in self.configs],
             "layers": [vars(layer) for layer in self.layers],
             "groups": self.groups,
             "tied": self.tied,
+            **rotated,
         }
 
     def digest(self) -> str:
@@ -87,7 +102,8 @@ class Manifest:
 
     def write(self, path: Path, version: str) -> None:
         """One line a layer, group or config, so that people can read it."""
-        head = {"format": "ranvier", "format_version": FORMAT_VERSION, "ranvier": version, "files": self.files}
+        number = ROTATED_VERSION if self.hadamards else FORMAT_VERSION
+        head = {"format": "ranvier", "format_version": number, "ranvier": version, "files": self.files}
         lines = [f" {json.dumps(key)}: {_spread(value)}" for key, value in {**head, **self.content()}.items()]
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
@@ -123,9 +139,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{path} is damaged: not readable as json ({error}); save the model again") from error
     if not isinstance(values, dict) or values.get("format") != "ranvier":
         raise ValueError(f"{path} is not a ranvier file: its entry 'format' is missing or not 'ranvier'")
-    if values.get("format_version") != FORMAT_VERSION:
+    if values.get("format_version") not in (FORMAT_VERSION, ROTATED_VERSION):
         raise ValueError(
-            f"{path} has format_version {values.get('format_version')!r}; this ranvier reads {FORMAT_VERSION}:"
+            f"{path} has format_version {values.get('format_version')!r}; this ranvier reads"
+            f" {FORMAT_VERSION} and {ROTATED_VERSION}:"
             " update ranvier, or save the model again"
         )
     try:
@@ -164,7 +181,20 @@ def _parse(values: Mapping[str, Any]) -> Manifest:
         raise ValueError(f"'files' lacks {TENSORS} or names others than {', '.join(OWN_FILES[1:])}")
     if not isinstance(values["model"], dict) or not isinstance(values["model"]["class"], str):
         raise ValueError("'model' must name a class")
-    return Manifest(configs, layers, groups, tied, values["model"], {n: dict(f) for n, f in files.items()})
+    facts = {n: dict(f) for n, f in files.items()}
+    return Manifest(configs, layers, groups, tied, values["model"], facts, _parse_hadamards(values))
+
+
+def _parse_hadamards(values: Mapping[str, Any]) -> list[HadamardEntry]:
+    rotated = values["format_version"] == ROTATED_VERSION
+    entries = [HadamardEntry(**entry) for entry in (values["hadamards"] if rotated else values.get("hadamards", ()))]
+    if rotated != bool(entries) or len({entry.name for entry in entries}) != len(entries):
+        raise ValueError(f"'hadamards' names a layer twice, or does not go with format_version {values['format_version']}")
+    for entry in entries:
+        if not isinstance(entry.name, str):
+            raise ValueError(f"'hadamards' has a layer named {entry.name!r}")
+        Hadamard(entry.features, entry.order)  # raises for sizes that no transform has
+    return entries
 
 
 def check_entry(layer: LayerEntry, configs: int) -> None:

@@ -1,0 +1,323 @@
+"""A randomized Hadamard rotation folded into a decoder's weights: the same function, activations without outliers.
+
+RMSNorm without a gain commutes with an orthogonal Q, so the residual stream can be carried as x Q: what writes to it
+(embedding, o_proj, down_proj) is multiplied by Q, what reads it (q, k, v, gate, up, lm_head) takes Q back, after the
+norm's gain was folded into it. Likewise within a head, where v is only read by o_proj, and before down_proj, where the
+transform has to run online because silu(gate) * up stands between. Q = diag(signs) (I (x) H_n) / sqrt(n).
+
+QuaRot, arXiv 2404.00456; SliceGPT, arXiv 2401.15024, for the norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ranvier.methods.spikellm._fold import Edits, check_weight, norm_gain, turned_columns, turned_rows
+from ranvier.methods.spikellm.evaluate import evaluating
+from ranvier.nn.hadamard import Hadamard, HadamardLinear
+from ranvier.reference.hadamard import hadamard_order
+
+READERS, PROBE_TOKENS = ("q_proj", "k_proj", "v_proj"), 16
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Q = diag(signs) (I (x) H_n) / sqrt(n) on ``width`` channels, drawn by (seed, stream); n is the largest order there is.
+
+    Raises ValueError for a width that has no rotation (an odd one without a Hadamard matrix of any divisor but 1).
+    """
+
+    width: int
+    seed: int = 0
+    stream: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("seed", "stream"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+                raise ValueError(f"Rotation: {name} is {value!r}; pass a whole number from 0 to 2**64 - 1")
+        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
+            raise ValueError(f"Rotation: width is {self.width!r}; pass a whole number of at least 1")
+        if self.order == 1 and self.width > 1:
+            raise ValueError(f"Rotation: {self.width} channels cannot be rotated: no divisor has a Hadamard matrix")
+
+    @property
+    def order(self) -> int:
+        """n; smaller than the width where that has no Hadamard matrix, and Q is then block-diagonal."""
+        return hadamard_order(self.width)
+
+    @cached_property
+    def signs(self) -> Tensor:
+        """+-1: float64 [width], bits of Philox keyed by seed and stream."""
+        key = np.array([self.seed, self.stream], dtype=np.uint64)
+        bits = np.random.Philox(key=key).random_raw(self.width) >> np.uint64(63)
+        return torch.from_numpy(1.0 - 2.0 * bits.astype(np.float64))
+
+    def inputs(self, weight: Tensor) -> Tensor:
+        """W Q for a layer that reads rotated channels: [..., width] -> float64."""
+        return turned_rows(weight, self.signs, self.order)
+
+    def outputs(self, weight: Tensor) -> Tensor:
+        """Q^T W for a layer that writes them: [width, ...], or a bias [width] -> float64."""
+        return turned_columns(weight, self.signs, self.order)
+
+
+@dataclass(frozen=True)
+class RotationReport:
+    """What :func:`rotate_` did. logit_error: ||rotated - before|| / ||before|| of the logits of a short probe."""
+
+    seed: int
+    width: int
+    order: int
+    blocks: int
+    head_order: int | None
+    online_width: int | None
+    online_order: int | None
+    untied: bool
+    logit_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain json values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = "no rotation in heads" if self.head_order is None else f"heads of order {self.head_order}"
+        inner = "none online" if self.online_order is None else f"{self.online_order} of {self.online_width} online"
+        stream = f"residual stream of {self.width} in order {self.order}"
+        untied = ", lm_head untied" if self.untied else ""
+        return f"{self.blocks} blocks, {stream}, {head}, {inner}{untied}, logits within {self.logit_error:.1e}"
+
+
+def _linear(where: str, parent: nn.Module, name: str) -> nn.Linear:
+    layer = getattr(parent, name, None)
+    if isinstance(layer, HadamardLinear):
+        raise ValueError(f"rotate_: {where}.{name} already has a rotation before it; rotate a model once")
+    if type(layer) is not nn.Linear:
+        got = "missing" if layer is None else f"a {type(layer).__name__}"
+        raise ValueError(f"rotate_: {where}.{name} is {got}; it must be an nn.Linear (rotate before converting)")
+    check_weight(f"rotate_: {where}.{name}", layer)
+    return layer
+
+
+def _norm(where: str, parent: nn.Module, name: str) -> nn.Module:
+    norm = getattr(parent, name, None)
+    if norm is None:
+        raise ValueError(
+            f"rotate_: {where} ({type(parent).__name__}) has no {name}; blocks with input_layernorm, self_attn,"
+            " post_attention_layernorm and mlp can be rotated, as Llama, Mistral, Qwen2, Qwen3 and Gemma have them"
+        )
+    return norm
+
+
+class _Block:
+    """The parts of one decoder block, checked."""
+
+    def __init__(self, block: nn.Module, where: str) -> None:
+        self.where = where
+        self.norms = [_norm(where, block, name) for name in ("input_layernorm", "post_attention_layernorm")]
+        self.attention, self.mlp = _norm(where, block, "self_attn"), _norm(where, block, "mlp")
+        attention, mlp = f"{where}.self_attn", f"{where}.mlp"
+        self.q, self.k, self.v = (_linear(attention, self.attention, name) for name in READERS)
+        self.o = _linear(attention, self.attention, "o_proj")
+        self.gate, self.up, self.down = (_linear(mlp, self.mlp, name) for name in ("gate_proj", "up_proj", "down_proj"))
+        known = {id(p) for m in (*self.norms, *self.linears) for p in m.parameters()}
+        # Norms of queries and keys within attention come after what is rotated.
+        known |= {id(p) for name in ("q_norm", "k_norm") for p in getattr(self.attention, name, nn.Identity()).parameters()}
+        for name, parameter in block.named_parameters():
+            if id(parameter) not in known:
+                raise ValueError(f"rotate_: {where}.{name} has no known place in a rotated block; this family is not supported")
+
+    @property
+    def linears(self) -> tuple[nn.Linear, ...]:
+        return (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
+
+    def head_width(self) -> int:
+        width = getattr(self.attention, "head_dim", None)
+        if not isinstance(width, int) or self.v.out_features % width or self.o.in_features % width:
+            raise ValueError(f"rotate_: {self.where}.self_attn has head_dim {width!r}; pass heads=False for attention without")
+        return width
+
+    def check_width(self, width: int) -> None:
+        for linear, size in ((self.q, self.q.in_features), (self.o, self.o.out_features), (self.down, self.down.out_features)):
+            if size != width:
+                raise ValueError(f"rotate_: {self.where} has a {tuple(linear.weight.shape)} weight; the rotation has {width}")
+
+
+def _fold_block(parts: _Block, rotation: Rotation, index: int, online: bool, heads: bool) -> Edits:
+    """New weights of one block; nothing of it is changed yet."""
+    parts.check_width(rotation.width)
+    edits = Edits()
+    gains = [norm_gain(norm, f"rotate_: {parts.where}", edits) for norm in parts.norms]
+    signs = torch.ones(parts.up.out_features, dtype=torch.float64)
+    inner = Rotation(parts.down.in_features, rotation.seed, 2 * index + 2) if online else None
+    if inner is not None:
+        signs = inner.signs  # of the product silu(gate) * up: up carries them
+    head = Rotation(parts.head_width(), rotation.seed, 2 * index + 1) if heads else None
+    for linear, gain in ((parts.q, gains[0]), (parts.k, gains[0]), (parts.gate, gains[1])):
+        edits.weight(linear, rotation.inputs(linear.weight.double() * gain))
+    value, bias = rotation.inputs(parts.v.weight.double() * gains[0]), parts.v.bias
+    back = parts.o.weight.double()
+    if head is not None:
+        value = head.inputs(value.T.unflatten(-1, (-1, head.width))).flatten(-2).T
+        back = head.inputs(back.unflatten(-1, (-1, head.width))).flatten(-2)
+        bias = None if bias is None else head.inputs(bias.double().unflatten(-1, (-1, head.width))).flatten()
+    edits.weight(parts.v, value, bias)
+    edits.weight(parts.o, rotation.outputs(back), None if parts.o.bias is None else rotation.outputs(parts.o.bias))
+    signs = signs.to(parts.up.weight.device)
+    bias = None if parts.up.bias is None else parts.up.bias.double() * signs
+    edits.weight(parts.up, rotation.inputs(parts.up.weight.double() * gains[1]) * signs[:, None], bias)
+    down = parts.down.weight.double() if inner is None else inner.inputs(parts.down.weight)
+    edits.weight(parts.down, rotation.outputs(down), None if parts.down.bias is None else rotation.outputs(parts.down.bias))
+    if inner is not None:
+        wrapped = HadamardLinear(Hadamard(inner.width, inner.order), parts.down).train(parts.down.training)
+        edits.put(parts.mlp._modules, "down_proj", wrapped)
+    return edits
+
+
+def _fold_embedding(embedding: nn.Module, rotation: Rotation) -> Edits:
+    if not isinstance(embedding, nn.Embedding) or embedding.weight.shape[1] != rotation.width:
+        got = f"{type(embedding).__name__} of {list(getattr(getattr(embedding, 'weight', None), 'shape', []))}"
+        raise ValueError(f"rotate_: the embedding is {got}; pass an nn.Embedding of width {rotation.width}")
+    check_weight("rotate_: the embedding", embedding)
+    return Edits().weight(embedding, rotation.inputs(embedding.weight))
+
+
+def _fold_head(norm: nn.Module, head: nn.Module, rotation: Rotation) -> Edits:
+    if type(head) is not nn.Linear or head.in_features != rotation.width:
+        raise ValueError(f"rotate_: lm_head is {head}; it must be an nn.Linear with {rotation.width} inputs")
+    check_weight("rotate_: lm_head", head)
+    edits = Edits()
+    gain = norm_gain(norm, "rotate_: the final norm", edits)
+    return edits.weight(head, rotation.inputs(head.weight.double() * gain))
+
+
+@torch.no_grad()
+def rotate_embedding(embedding: nn.Embedding, rotation: Rotation) -> None:
+    """E' = E Q, in place. A head tied to it keeps the old weight: it is then tied no more, see :func:`untie`."""
+    _fold_embedding(embedding, rotation).apply()
+
+
+@torch.no_grad()
+def rotate_block(block: nn.Module, rotation: Rotation, index: int = 0, *, online: bool = True, heads: bool = True) -> None:
+    """One decoder block, in place, all or nothing: it then reads and writes the stream x Q.
+
+    index: the block's number, by which its own signs are drawn. online: put a Hadamard transform before down_proj.
+    heads: rotate each head of v and o. Blocks can be rotated one by one; :func:`rotate_embedding` and :func:`rotate_head`
+    complete them. Raises ValueError for a block of another structure, or one with LayerNorm, meta or not finite weights.
+    """
+    _fold_block(_Block(block, f"block {index}"), rotation, index, online, heads).apply()
+
+
+@torch.no_grad()
+def rotate_head(norm: nn.Module, head: nn.Linear, rotation: Rotation) -> None:
+    """The final norm's gain and Q into lm_head, in place."""
+    _fold_head(norm, head, rotation).apply()
+
+
+def _decoder(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The decoder that holds embedding, blocks and norm, and lm_head."""
+    decoder, head = getattr(model, "model", None), getattr(model, "lm_head", None)
+    has_layer_norm = any(isinstance(module, nn.LayerNorm) for module in model.modules())
+    if has_layer_norm:
+        raise ValueError(
+            f"rotate_: {type(model).__name__} has LayerNorm, which subtracts the mean over channels and adds a bias: that does"
+            " not commute with a rotation; models with RMSNorm can be rotated (Llama, Mistral, Qwen2, Qwen3, Gemma)"
+        )
+    missing = [name for name in ("embed_tokens", "layers", "norm") if getattr(decoder, name, None) is None]
+    if decoder is None or head is None or missing:
+        what = f"model.{missing[0]}" if missing and decoder is not None else "lm_head" if head is None else "model"
+        raise ValueError(f"rotate_: {type(model).__name__} has no {what}; pass a decoder such as LlamaForCausalLM")
+    known = {id(p) for m in (decoder.embed_tokens, decoder.layers, decoder.norm, head) for p in m.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in known:
+            raise ValueError(f"rotate_: {name} has no known place in a rotated model; this family is not supported")
+    return decoder, head
+
+
+def _untie(model: nn.Module, edits: Edits) -> bool:
+    """Whether the head was tied; the configuration then says that it is not, or loading would tie it again."""
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    config = getattr(model, "config", None)
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else None
+    for holder in {id(c): c for c in (config, inner) if getattr(c, "tie_word_embeddings", False)}.values():
+        edits.put(vars(holder), "tie_word_embeddings", False)
+    keys = vars(model).get("all_tied_weights_keys")
+    if isinstance(keys, dict):
+        edits.put(vars(model), "all_tied_weights_keys", {})
+    return tied
+
+
+def untie(model: nn.Module) -> bool:
+    """Give lm_head a weight of its own and say so in the configuration; returns whether it was tied."""
+    edits = Edits()
+    tied = _untie(model, edits)
+    if tied:
+        edits.put(model.lm_head._parameters, "weight", nn.Parameter(model.lm_head.weight.detach().clone()))
+    edits.apply()
+    return tied
+
+
+def _probe(model: nn.Module, vocabulary: int) -> Tensor:
+    device = model.lm_head.weight.device
+    ids = (torch.arange(PROBE_TOKENS, device=device) * 7919 % vocabulary)[None]
+    with evaluating(model):
+        output = model(ids)
+    return (output if isinstance(output, Tensor) else output.logits).double()
+
+
+def _folded(decoder: nn.Module, head: nn.Module, rotation: Rotation, online: bool, heads: bool) -> Iterator[Edits]:
+    blocks = [_Block(block, f"block {index}") for index, block in enumerate(decoder.layers)]
+    yield _fold_embedding(decoder.embed_tokens, rotation)
+    for index, parts in enumerate(tqdm(blocks, desc="rotating", unit="block", leave=False, delay=2)):
+        yield _fold_block(parts, rotation, index, online, heads)
+    yield _fold_head(decoder.norm, head, rotation)
+
+
+@torch.no_grad()
+def rotate_(model: nn.Module, seed: int = 0, *, online: bool = True, heads: bool = True) -> RotationReport:
+    """Fold a randomized Hadamard rotation into a decoder-only language model, in place; its logits stay.
+
+    Each weight is computed in float64 and rounded once. The norms' gains go into the layers after them, lm_head gets a
+    weight of its own. online: a fast Hadamard transform runs before each down_proj, which becomes a
+    :class:`ranvier.nn.HadamardLinear`. heads: v_proj and o_proj are rotated within each head.
+
+    All or nothing, at the cost of holding both models for a moment: at the end the logits of a few tokens are compared
+    with those before, and a difference above sqrt(eps) of the weights' dtype undoes it all.
+
+    Raises ValueError for a model of another structure, with LayerNorm, rotated before, converted already, with meta or
+    not finite weights, or whose logits changed; the model is then as it was.
+    """
+    decoder, head = _decoder(model)
+    rotation = Rotation(decoder.embed_tokens.weight.shape[1], seed)
+    edits = Edits()
+    for part in _folded(decoder, head, rotation, online, heads):
+        edits.extend(part)
+    tied = _untie(model, edits)
+    first = _Block(decoder.layers[0], "block 0")
+    vocabulary, allowed = decoder.embed_tokens.weight.shape[0], torch.finfo(head.weight.dtype).eps ** 0.5
+    before = _probe(model, vocabulary)
+    edits.apply()
+    try:
+        error = float((_probe(model, vocabulary) - before).norm() / before.norm().clamp_min(1e-30))
+        if not error <= allowed:
+            raise ValueError(
+                f"rotate_: the logits of {type(model).__name__} changed by {error:.2e} (allowed {allowed:.1e}): it connects"
+                " its blocks in a way that is not known here; it is as it was"
+            )
+    except BaseException:
+        edits.undo()
+        raise
+    width = first.down.in_features
+    order = hadamard_order(width) if online else None
+    head_order = hadamard_order(first.head_width()) if heads else None
+    return RotationReport(
+        seed, rotation.width, rotation.order, len(decoder.layers), head_order, width if online else None, order, tied, error
+    )
