@@ -12,10 +12,12 @@ from torch import nn
 from ranvier import SpikeConfig, spike_
 from ranvier.methods.spikellm.rotate import (
     Rotation,
+    place_transforms,
     rotate_,
     rotate_block,
     rotate_embedding,
     rotate_head,
+    rotated,
     untie,
 )
 from ranvier.nn import HadamardLinear, SpikingLinear
@@ -312,6 +314,32 @@ def test_an_interruption_changes_nothing(monkeypatch) -> None:
             with pytest.raises(KeyboardInterrupt):
                 rotate_(model)
         assert unchanged(model, before) and model.config.tie_word_embeddings
+
+
+def test_what_fails_afterwards_undoes_it() -> None:
+    """rotated() gives the old parameters back when its body raises, and leaves the rotated ones when it does not."""
+    model = family_model("llama")
+    before, expected = state(model), logits(model)
+    with pytest.raises(ValueError, match="salient"), rotated(model, 3):
+        spike_(model, SpikeConfig(salient=0.1))  # without calibration
+    assert unchanged(model, before) and model.config.tie_word_embeddings and torch.equal(logits(model), expected)
+    with rotated(model, 3) as report:
+        assert report.untied
+    assert isinstance(model.model.layers[0].mlp.down_proj, HadamardLinear) and not model.config.tie_word_embeddings
+
+
+def test_placed_transforms_take_a_rotated_state() -> None:
+    """A model that was just built, with the transforms placed, loads the state of a rotated one: equal logits."""
+    model, fresh = family_model("llama"), family_model("llama", hidden_size=48)
+    rotate_(model, 8)
+    place_transforms(fresh)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(logits(fresh), logits(model)) and not fresh.config.tie_word_embeddings
+    empty = family_model("llama").to("meta")
+    place_transforms(empty)
+    assert isinstance(empty.model.layers[1].mlp.down_proj, HadamardLinear)
+    with pytest.raises(ValueError, match="pass a plain model"):
+        place_transforms(fresh)
 
 
 @pytest.mark.parametrize("arguments", [(0,), (-8,), (True,), (8, -1), (8, 2**64), (8, 1.5), (8, 0, "a"), (7,)])

@@ -11,6 +11,7 @@ QuaRot, arXiv 2404.00456; SliceGPT, arXiv 2401.15024, for the norms.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -107,14 +108,14 @@ def _linear(where: str, parent: nn.Module, name: str) -> nn.Linear:
     return layer
 
 
-def _norm(where: str, parent: nn.Module, name: str) -> nn.Module:
-    norm = getattr(parent, name, None)
-    if norm is None:
+def _child(where: str, parent: nn.Module, name: str) -> nn.Module:
+    child = getattr(parent, name, None)
+    if child is None:
         raise ValueError(
             f"rotate_: {where} ({type(parent).__name__}) has no {name}; blocks with input_layernorm, self_attn,"
             " post_attention_layernorm and mlp can be rotated, as Llama, Mistral, Qwen2, Qwen3 and Gemma have them"
         )
-    return norm
+    return child
 
 
 class _Block:
@@ -122,8 +123,8 @@ class _Block:
 
     def __init__(self, block: nn.Module, where: str) -> None:
         self.where = where
-        self.norms = [_norm(where, block, name) for name in ("input_layernorm", "post_attention_layernorm")]
-        self.attention, self.mlp = _norm(where, block, "self_attn"), _norm(where, block, "mlp")
+        self.norms = [_child(where, block, name) for name in ("input_layernorm", "post_attention_layernorm")]
+        self.attention, self.mlp = _child(where, block, "self_attn"), _child(where, block, "mlp")
         attention, mlp = f"{where}.self_attn", f"{where}.mlp"
         self.q, self.k, self.v = (_linear(attention, self.attention, name) for name in READERS)
         self.o = _linear(attention, self.attention, "o_proj")
@@ -282,19 +283,7 @@ def _folded(decoder: nn.Module, head: nn.Module, rotation: Rotation, online: boo
 
 
 @torch.no_grad()
-def rotate_(model: nn.Module, seed: int = 0, *, online: bool = True, heads: bool = True) -> RotationReport:
-    """Fold a randomized Hadamard rotation into a decoder-only language model, in place; its logits stay.
-
-    Each weight is computed in float64 and rounded once. The norms' gains go into the layers after them, lm_head gets a
-    weight of its own. online: a fast Hadamard transform runs before each down_proj, which becomes a
-    :class:`ranvier.nn.HadamardLinear`. heads: v_proj and o_proj are rotated within each head.
-
-    All or nothing, at the cost of holding both models for a moment: at the end the logits of a few tokens are compared
-    with those before, and a difference above sqrt(eps) of the weights' dtype undoes it all.
-
-    Raises ValueError for a model of another structure, with LayerNorm, rotated before, converted already, with meta or
-    not finite weights, or whose logits changed; the model is then as it was.
-    """
+def _rotate(model: nn.Module, seed: int, online: bool, heads: bool) -> tuple[RotationReport, Edits]:
     decoder, head = _decoder(model)
     rotation = Rotation(decoder.embed_tokens.weight.shape[1], seed)
     edits = Edits()
@@ -302,6 +291,8 @@ def rotate_(model: nn.Module, seed: int = 0, *, online: bool = True, heads: bool
         edits.extend(part)
     tied = _untie(model, edits)
     first = _Block(decoder.layers[0], "block 0")
+    head_order = hadamard_order(first.head_width()) if heads else None
+    inner = (first.down.in_features, hadamard_order(first.down.in_features)) if online else (None, None)
     vocabulary, allowed = decoder.embed_tokens.weight.shape[0], torch.finfo(head.weight.dtype).eps ** 0.5
     before = _probe(model, vocabulary)
     edits.apply()
@@ -315,9 +306,49 @@ def rotate_(model: nn.Module, seed: int = 0, *, online: bool = True, heads: bool
     except BaseException:
         edits.undo()
         raise
-    width = first.down.in_features
-    order = hadamard_order(width) if online else None
-    head_order = hadamard_order(first.head_width()) if heads else None
-    return RotationReport(
-        seed, rotation.width, rotation.order, len(decoder.layers), head_order, width if online else None, order, tied, error
-    )
+    return RotationReport(seed, rotation.width, rotation.order, len(decoder.layers), head_order, *inner, tied, error), edits
+
+
+def rotate_(model: nn.Module, seed: int = 0, *, online: bool = True, heads: bool = True) -> RotationReport:
+    """Fold a randomized Hadamard rotation into a decoder-only language model, in place; its logits stay.
+
+    Each weight is computed in float64 and rounded once. The norms' gains go into the layers after them, lm_head gets a
+    weight of its own. online: a fast Hadamard transform runs before each down_proj, which becomes a
+    :class:`ranvier.nn.HadamardLinear`. heads: v_proj and o_proj are rotated within each head.
+
+    All or nothing, at the cost of holding both models for a moment: at the end the logits of a few tokens are compared
+    with those before, and a difference above sqrt(eps) of the weights' dtype undoes it all.
+
+    Raises ValueError for a model of another structure, with LayerNorm, rotated before, converted already, with meta or
+    not finite weights, or whose logits changed; the model is then as it was.
+    """
+    return _rotate(model, seed, online, heads)[0]
+
+
+@contextmanager
+def rotated(model: nn.Module, seed: int = 0, *, online: bool = True, heads: bool = True) -> Iterator[RotationReport]:
+    """:func:`rotate_` around what may fail: when the body raises, the very parameters from before are back."""
+    report, edits = _rotate(model, seed, online, heads)
+    try:
+        yield report
+    except BaseException:
+        edits.undo()
+        raise
+
+
+def place_transforms(model: nn.Module) -> None:
+    """Put the transforms where :func:`rotate_` puts them and untie lm_head, weights as they are (meta ones too).
+
+    For loading a rotated model's state into a model that was just built. Raises ValueError as :func:`rotate_`.
+    """
+    decoder, _ = _decoder(model)
+    edits = Edits()
+    for index, block in enumerate(decoder.layers):
+        mlp = _child(f"block {index}", block, "mlp")
+        down = getattr(mlp, "down_proj", None)
+        if not isinstance(down, nn.Module) or isinstance(down, HadamardLinear):
+            raise ValueError(f"place_transforms: block {index} has {type(down).__name__} for mlp.down_proj; pass a plain model")
+        edits.put(mlp._modules, "down_proj", HadamardLinear(Hadamard(down.in_features), down).train(down.training))
+    if _untie(model, edits):
+        edits.put(model.lm_head._parameters, "weight", nn.Parameter(model.lm_head.weight.detach().clone()))
+    edits.apply()
