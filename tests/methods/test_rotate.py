@@ -36,6 +36,7 @@ FAMILIES = {
     "mistral": ("Mistral", {"sliding_window": 8}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 48}),
     "gemma": ("Gemma", {"head_dim": 16, "tie_word_embeddings": True}),
 }
 
@@ -52,7 +53,7 @@ def family_model(name: str, dtype: torch.dtype = torch.float32, **sizes):
                 parameter.normal_(std=0.1)
             elif "norm" in key:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-        model.model.embed_tokens.weight[:, 5] *= 20
+        model.get_input_embeddings().weight[:, 5] *= 20
     return model.to(dtype)
 
 
@@ -86,17 +87,16 @@ def test_logits_stay(name: str, online: bool, heads: bool) -> None:
     60 roundings of 2^-24 that add like a random walk over sums; a wrong sign or gain is of order one.
     """
     model = family_model(name)
-    before, tied = logits(model), model.lm_head.weight is model.model.embed_tokens.weight
+    before, tied = logits(model), model.lm_head.weight is model.get_input_embeddings().weight
     report = rotate_(model, seed=5, online=online, heads=heads)
     assert relative(logits(model), before) < 64 * 2.0**-24 * 4 and report.logit_error < 64 * 2.0**-24 * 4
     assert (report.width, report.order, report.untied) == (48, 48, tied)
     assert report.online_order == (96 if online else None)
-    block = model.model.layers[0]
-    assert isinstance(block.mlp.down_proj, HadamardLinear) == online
-    assert model.lm_head.weight is not model.model.embed_tokens.weight and model.config.tie_word_embeddings is False
-    neutral = 0.0 if name == "gemma" else 1.0
-    for norm in (block.input_layernorm, block.post_attention_layernorm, model.model.norm):
-        assert torch.equal(norm.weight, torch.full_like(norm.weight, neutral))
+    assert len([m for m in model.modules() if isinstance(m, HadamardLinear)]) == (2 if online else 0)
+    assert model.lm_head.weight is not model.get_input_embeddings().weight and model.config.tie_word_embeddings is False
+    inside = ("q_norm.weight", "k_norm.weight")
+    gains = [p for n, p in model.named_parameters() if n.endswith("norm.weight") and not n.endswith(inside)]
+    assert len(gains) == 5 and all(torch.equal(g, torch.full_like(g, 0.0 if name == "gemma" else 1.0)) for g in gains)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -122,6 +122,21 @@ def test_rotation_is_orthogonal_and_drawn_by_seed_and_stream() -> None:
     assert Rotation(16, 2**64 - 1).signs.tolist() == Rotation(16, 2**64 - 1).signs.tolist()
     # Pinned: a converted model must come out the same everywhere and later.
     assert "".join("+" if s > 0 else "-" for s in Rotation(16).signs) == "+++--+--++-+-+--"
+
+
+def test_the_mean_is_kept_where_layer_norm_needs_it() -> None:
+    """Q maps (1, ..., 1) to itself, is orthogonal, depends on the seed and has no large entry, also in blocks."""
+    for width in (48, 64, 72, 100):
+        rotation = Rotation(width, 2, keeps_mean=True)
+        q = rotation.inputs(torch.eye(width))
+        assert (q @ q.T - torch.eye(width)).abs().max() < 1e-14 and (q.sum(1) - 1).abs().max() < 1e-14
+        assert (rotation.outputs(torch.eye(width)) - q.T).abs().max() < 1e-15
+        # Entries are sums of n random signs over n: five sigma.
+        assert q.abs().max() < 5 / rotation.order**0.5
+        assert not torch.allclose(q, Rotation(width, 3, keeps_mean=True).inputs(torch.eye(width)))
+    block = family_model("opt").model.decoder.layers[0]
+    with pytest.raises(ValueError, match="keeps_mean=True"):
+        rotate_block(block, Rotation(48))
 
 
 def test_seeds_give_other_weights_of_the_same_function() -> None:
@@ -205,9 +220,17 @@ def test_converts_afterwards(name: str) -> None:
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
-def opt():
-    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "vocab_size": VOCABULARY, "num_attention_heads": 2}
-    return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, word_embed_proj_dim=32))
+def opt(**fields):
+    return family_model("opt", **fields)
+
+
+def dead_channel():
+    """A final norm with a bias on a channel whose gain is 0: nothing the head could multiply."""
+    model = opt()
+    with torch.no_grad():
+        model.model.decoder.final_layer_norm.weight[3] = 0
+        model.model.decoder.final_layer_norm.bias[3] = 1
+    return model
 
 
 def gemma2():
@@ -267,7 +290,10 @@ def other_norm():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (opt, "LayerNorm, which subtracts the mean"),
+        (lambda: opt(do_layer_norm_before=False), "no final norm|norms after"),
+        (lambda: opt(word_embed_proj_dim=24), "project_out|project_in"),
+        (lambda: opt(enable_bias=False), "without a bias"),
+        (dead_channel, "gain is 0"),
         (gemma2, "pre_feedforward_layernorm|post_feedforward_layernorm"),
         (spiking, "SpikingLinear"),
         (twice, "block 0.mlp.down_proj already has a rotation"),

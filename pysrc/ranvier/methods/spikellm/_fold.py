@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,18 +52,12 @@ class Edits:
         self._done.clear()
 
 
-def turned_rows(weight: Tensor, signs: Tensor, order: int) -> Tensor:
-    """W diag(signs) (I (x) H) / sqrt(n) over the last dimension: float64."""
+def turned_rows(weight: Tensor, signs: Tensor, order: int, transpose: bool = False) -> Tensor:
+    """W diag(signs) (I (x) H) / sqrt(n) over the last dimension, H^T where ``transpose``: float64."""
     signs = signs.to(weight.device)
-    rows = weight.reshape(-1, weight.shape[-1])
-    step = max(1, CHUNK // weight.shape[-1])
-    done = [reference.hadamard(piece.double() * signs, order) for piece in rows.split(step)]
+    pieces = weight.reshape(-1, weight.shape[-1]).split(max(1, CHUNK // weight.shape[-1]))
+    done = [reference.hadamard(piece.double() * signs, order, transpose) for piece in pieces]
     return torch.cat(done).reshape(weight.shape)
-
-
-def turned_columns(weight: Tensor, signs: Tensor, order: int) -> Tensor:
-    """The same over the first dimension."""
-    return turned_rows(weight.movedim(0, -1), signs, order).movedim(-1, 0)
 
 
 def check_weight(where: str, module: nn.Module) -> None:
@@ -75,11 +69,37 @@ def check_weight(where: str, module: nn.Module) -> None:
             raise ValueError(f"{where}: its {name} is {parameter.dtype} with NaN, Inf or no fractions; repair the model first")
 
 
-def norm_gain(norm: nn.Module, where: str, edits: Edits) -> Tensor:
-    """g of y = g x / rms(x): float64, after planning that the norm has none; found by what the norm does.
+class Norm(NamedTuple):
+    """What a norm does after dividing: y = gain n + shift, float64; shift None for none."""
 
-    Raises ValueError for a norm that does anything else.
+    gain: Tensor
+    shift: Tensor | None
+
+    def into(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the layer that reads n itself: W diag(gain), b + W shift."""
+        weight, bias = linear.weight.double(), None if linear.bias is None else linear.bias.double()
+        if self.shift is not None:
+            if bias is None:
+                raise ValueError("rotate_: a linear layer without a bias reads a norm with one; it cannot be folded")
+            bias = bias + weight @ self.shift
+        return weight * self.gain, bias
+
+
+def fold_norm(norm: nn.Module, where: str, edits: Edits, keeps_mean: bool) -> Norm:
+    """Gain and shift of a norm, after planning that it has none; RMSNorm is known by what it does, LayerNorm by its type.
+
+    Raises ValueError for a norm that does anything else, and for LayerNorm under a rotation that does not keep the mean.
     """
+    if type(norm) is nn.LayerNorm:
+        if not keeps_mean:
+            raise ValueError(f"{where}: LayerNorm subtracts the mean of the channels; it needs Rotation(..., keeps_mean=True)")
+        check_weight(where, norm)
+        size = norm.normalized_shape[0]
+        gain, shift = (None if p is None else p.double() for p in (norm.weight, norm.bias))
+        if gain is not None:
+            edits.weight(norm, torch.ones_like(gain), None if shift is None else torch.zeros_like(shift))
+        shift = None if shift is None or not bool(shift.any()) else shift
+        return Norm(torch.ones(size, dtype=torch.float64) if gain is None else gain, shift)
     parameters = dict(norm.named_parameters())
     weight = parameters.get("weight")
     if set(parameters) != {"weight"} or weight.ndim != 1:
@@ -94,5 +114,5 @@ def norm_gain(norm: nn.Module, where: str, edits: Edits) -> Tensor:
         # Two roundings of float32, and its sum of squares.
         if float((y - gain * plain).abs().max()) <= 1e-5 * float((gain * plain).abs().max()) + 1e-12:
             edits.weight(norm, torch.full_like(gain, 1.0 - offset))
-            return gain
+            return Norm(gain, None)
     raise ValueError(f"{where}: {type(norm).__name__} is no RMSNorm with a gain w or 1 + w; its gain cannot be folded")

@@ -1,9 +1,13 @@
 """A randomized Hadamard rotation folded into a decoder's weights: the same function, activations without outliers.
 
-RMSNorm without a gain commutes with an orthogonal Q, so the residual stream can be carried as x Q: what writes to it
-(embedding, o_proj, down_proj) is multiplied by Q, what reads it (q, k, v, gate, up, lm_head) takes Q back, after the
-norm's gain was folded into it. Likewise within a head, where v is only read by o_proj, and before down_proj, where the
-transform has to run online because silu(gate) * up stands between. Q = diag(signs) (I (x) H_n) / sqrt(n).
+RMSNorm without a gain commutes with an orthogonal Q, LayerNorm without gain and bias with one that keeps the mean. So the
+residual stream can be carried as x Q: what writes to it (embedding, o_proj, down_proj) is multiplied by Q, what reads it
+(q, k, v, gate, up, lm_head) takes Q back, after the norm's gain was folded into it. Likewise within a head, where v is only
+read by o_proj, and before down_proj, where the transform has to run online because silu(gate) * up stands between.
+
+    Q = diag(signs) H / sqrt(n),  H = I (x) H_n;    H diag(signs) H^T / n where the mean is kept
+
+The latter with H's first column and the first of the signs 1, so that Q maps (1, ..., 1) to itself.
 
 QuaRot, arXiv 2404.00456; SliceGPT, arXiv 2401.15024, for the norms.
 """
@@ -21,24 +25,28 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ranvier.methods.spikellm._fold import Edits, check_weight, norm_gain, turned_columns, turned_rows
+from ranvier.methods.spikellm._decoder import Block, Decoder, down_place
+from ranvier.methods.spikellm._fold import Edits, check_weight, fold_norm, turned_rows
 from ranvier.methods.spikellm.evaluate import evaluating
 from ranvier.nn.hadamard import Hadamard, HadamardLinear
+from ranvier.reference import hadamard as reference
 from ranvier.reference.hadamard import hadamard_order
 
-READERS, PROBE_TOKENS = ("q_proj", "k_proj", "v_proj"), 16
+PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Q = diag(signs) (I (x) H_n) / sqrt(n) on ``width`` channels, drawn by (seed, stream); n is the largest order there is.
+    """Q on ``width`` channels, drawn by (seed, stream), of the largest order n there is for it.
 
+    Q = diag(signs) (I (x) H_n) / sqrt(n); with keeps_mean, which LayerNorm needs, H D H^T / n.
     Raises ValueError for a width that has no rotation (an odd one without a Hadamard matrix of any divisor but 1).
     """
 
     width: int
     seed: int = 0
     stream: int = 0
+    keeps_mean: bool = False
 
     def __post_init__(self) -> None:
         for name in ("seed", "stream"):
@@ -64,11 +72,16 @@ class Rotation:
 
     def inputs(self, weight: Tensor) -> Tensor:
         """W Q for a layer that reads rotated channels: [..., width] -> float64."""
-        return turned_rows(weight, self.signs, self.order)
+        if not self.keeps_mean:
+            return turned_rows(weight, self.signs, self.order)
+        column = reference.hadamard(torch.eye(self.order, dtype=torch.float64)[:1], self.order, True).sign().flatten()
+        ones, draw = column.repeat(self.width // self.order), self.signs.clone()
+        draw[:: self.order] = 1.0  # what the first column of each block, the mean, is multiplied by
+        return turned_rows(turned_rows(weight, ones, self.order), draw, self.order, transpose=True) * ones.to(weight.device)
 
     def outputs(self, weight: Tensor) -> Tensor:
         """Q^T W for a layer that writes them: [width, ...], or a bias [width] -> float64."""
-        return turned_columns(weight, self.signs, self.order)
+        return self.inputs(weight.movedim(0, -1)).movedim(-1, 0)
 
 
 @dataclass(frozen=True)
@@ -97,90 +110,37 @@ class RotationReport:
         return f"{self.blocks} blocks, {stream}, {head}, {inner}{untied}, logits within {self.logit_error:.1e}"
 
 
-def _linear(where: str, parent: nn.Module, name: str) -> nn.Linear:
-    layer = getattr(parent, name, None)
-    if isinstance(layer, HadamardLinear):
-        raise ValueError(f"rotate_: {where}.{name} already has a rotation before it; rotate a model once")
-    if type(layer) is not nn.Linear:
-        got = "missing" if layer is None else f"a {type(layer).__name__}"
-        raise ValueError(f"rotate_: {where}.{name} is {got}; it must be an nn.Linear (rotate before converting)")
-    check_weight(f"rotate_: {where}.{name}", layer)
-    return layer
-
-
-def _child(where: str, parent: nn.Module, name: str) -> nn.Module:
-    child = getattr(parent, name, None)
-    if child is None:
-        raise ValueError(
-            f"rotate_: {where} ({type(parent).__name__}) has no {name}; blocks with input_layernorm, self_attn,"
-            " post_attention_layernorm and mlp can be rotated, as Llama, Mistral, Qwen2, Qwen3 and Gemma have them"
-        )
-    return child
-
-
-class _Block:
-    """The parts of one decoder block, checked."""
-
-    def __init__(self, block: nn.Module, where: str) -> None:
-        self.where = where
-        self.norms = [_child(where, block, name) for name in ("input_layernorm", "post_attention_layernorm")]
-        self.attention, self.mlp = _child(where, block, "self_attn"), _child(where, block, "mlp")
-        attention, mlp = f"{where}.self_attn", f"{where}.mlp"
-        self.q, self.k, self.v = (_linear(attention, self.attention, name) for name in READERS)
-        self.o = _linear(attention, self.attention, "o_proj")
-        self.gate, self.up, self.down = (_linear(mlp, self.mlp, name) for name in ("gate_proj", "up_proj", "down_proj"))
-        known = {id(p) for m in (*self.norms, *self.linears) for p in m.parameters()}
-        # Norms of queries and keys within attention come after what is rotated.
-        known |= {id(p) for name in ("q_norm", "k_norm") for p in getattr(self.attention, name, nn.Identity()).parameters()}
-        for name, parameter in block.named_parameters():
-            if id(parameter) not in known:
-                raise ValueError(f"rotate_: {where}.{name} has no known place in a rotated block; this family is not supported")
-
-    @property
-    def linears(self) -> tuple[nn.Linear, ...]:
-        return (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
-
-    def head_width(self) -> int:
-        width = getattr(self.attention, "head_dim", None)
-        if not isinstance(width, int) or self.v.out_features % width or self.o.in_features % width:
-            raise ValueError(f"rotate_: {self.where}.self_attn has head_dim {width!r}; pass heads=False for attention without")
-        return width
-
-    def check_width(self, width: int) -> None:
-        for linear, size in ((self.q, self.q.in_features), (self.o, self.o.out_features), (self.down, self.down.out_features)):
-            if size != width:
-                raise ValueError(f"rotate_: {self.where} has a {tuple(linear.weight.shape)} weight; the rotation has {width}")
-
-
-def _fold_block(parts: _Block, rotation: Rotation, index: int, online: bool, heads: bool) -> Edits:
+def _fold_block(parts: Block, rotation: Rotation, index: int, online: bool, heads: bool) -> Edits:
     """New weights of one block; nothing of it is changed yet."""
     parts.check_width(rotation.width)
     edits = Edits()
-    gains = [norm_gain(norm, f"rotate_: {parts.where}", edits) for norm in parts.norms]
-    signs = torch.ones(parts.up.out_features, dtype=torch.float64)
-    inner = Rotation(parts.down.in_features, rotation.seed, 2 * index + 2) if online else None
-    if inner is not None:
-        signs = inner.signs  # of the product silu(gate) * up: up carries them
-    head = Rotation(parts.head_width(), rotation.seed, 2 * index + 1) if heads else None
-    for linear, gain in ((parts.q, gains[0]), (parts.k, gains[0]), (parts.gate, gains[1])):
-        edits.weight(linear, rotation.inputs(linear.weight.double() * gain))
-    value, bias = rotation.inputs(parts.v.weight.double() * gains[0]), parts.v.bias
-    back = parts.o.weight.double()
-    if head is not None:
+    norms = [fold_norm(norm, parts.where, edits, rotation.keeps_mean) for norm in parts.norms]
+    for linear, norm in ((parts.q, norms[0]), (parts.k, norms[0]), *((linear, norms[1]) for linear in parts.gates)):
+        weight, bias = norm.into(linear)
+        edits.weight(linear, rotation.inputs(weight), bias)
+    value, bias = norms[0].into(parts.v)
+    value, back = rotation.inputs(value), parts.o.weight.double()
+    if heads:
+        head = Rotation(parts.head_width(), rotation.seed, 2 * index + 1)
         value = head.inputs(value.T.unflatten(-1, (-1, head.width))).flatten(-2).T
         back = head.inputs(back.unflatten(-1, (-1, head.width))).flatten(-2)
-        bias = None if bias is None else head.inputs(bias.double().unflatten(-1, (-1, head.width))).flatten()
+        bias = None if bias is None else head.inputs(bias.unflatten(-1, (-1, head.width))).flatten()
     edits.weight(parts.v, value, bias)
     edits.weight(parts.o, rotation.outputs(back), None if parts.o.bias is None else rotation.outputs(parts.o.bias))
-    signs = signs.to(parts.up.weight.device)
-    bias = None if parts.up.bias is None else parts.up.bias.double() * signs
-    edits.weight(parts.up, rotation.inputs(parts.up.weight.double() * gains[1]) * signs[:, None], bias)
-    down = parts.down.weight.double() if inner is None else inner.inputs(parts.down.weight)
-    edits.weight(parts.down, rotation.outputs(down), None if parts.down.bias is None else rotation.outputs(parts.down.bias))
-    if inner is not None:
+    down, inner = parts.down.weight.double(), Rotation(parts.down.in_features, rotation.seed, 2 * index + 2)
+    signs = torch.ones(inner.width, dtype=torch.float64, device=down.device)
+    if online:
+        # The signs of the product silu(gate) * up are up's; nothing carries those of an activation alone.
+        signs = inner.signs.to(signs) if parts.up is not None else signs
+        down = turned_rows(down, signs, inner.order)
         wrapped = HadamardLinear(Hadamard(inner.width, inner.order), parts.down).train(parts.down.training)
-        edits.put(parts.mlp._modules, "down_proj", wrapped)
-    return edits
+        edits.put(parts.holder._modules, parts.down_name, wrapped)
+    if parts.up is not None:
+        weight, bias = norms[1].into(parts.up)
+        edits.weight(parts.up, rotation.inputs(weight) * signs[:, None], None if bias is None else bias * signs)
+    return edits.weight(
+        parts.down, rotation.outputs(down), None if parts.down.bias is None else rotation.outputs(parts.down.bias)
+    )
 
 
 def _fold_embedding(embedding: nn.Module, rotation: Rotation) -> Edits:
@@ -196,8 +156,13 @@ def _fold_head(norm: nn.Module, head: nn.Module, rotation: Rotation) -> Edits:
         raise ValueError(f"rotate_: lm_head is {head}; it must be an nn.Linear with {rotation.width} inputs")
     check_weight("rotate_: lm_head", head)
     edits = Edits()
-    gain = norm_gain(norm, "rotate_: the final norm", edits)
-    return edits.weight(head, rotation.inputs(head.weight.double() * gain))
+    folded = fold_norm(norm, "the final norm", edits, rotation.keeps_mean)
+    if folded.shift is not None:  # stays with the norm, as what the head's weight turns into W shift: it has no bias
+        if not bool(((folded.gain != 0) | (folded.shift == 0)).all()):
+            raise ValueError("rotate_: the final norm has a bias where its gain is 0; such a channel cannot be folded")
+        offset = torch.where(folded.shift == 0, 0.0, folded.shift / folded.gain)
+        edits.weight(norm, torch.ones_like(folded.gain), rotation.inputs(offset))
+    return edits.weight(head, rotation.inputs(head.weight.double() * folded.gain))
 
 
 @torch.no_grad()
@@ -212,9 +177,10 @@ def rotate_block(block: nn.Module, rotation: Rotation, index: int = 0, *, online
 
     index: the block's number, by which its own signs are drawn. online: put a Hadamard transform before down_proj.
     heads: rotate each head of v and o. Blocks can be rotated one by one; :func:`rotate_embedding` and :func:`rotate_head`
-    complete them. Raises ValueError for a block of another structure, or one with LayerNorm, meta or not finite weights.
+    complete them. Raises ValueError for a block of another structure, one with LayerNorm under a rotation that does not keep
+    the mean, meta or not finite weights.
     """
-    _fold_block(_Block(block, f"block {index}"), rotation, index, online, heads).apply()
+    _fold_block(Block(block, f"block {index}"), rotation, index, online, heads).apply()
 
 
 @torch.no_grad()
@@ -223,29 +189,10 @@ def rotate_head(norm: nn.Module, head: nn.Linear, rotation: Rotation) -> None:
     _fold_head(norm, head, rotation).apply()
 
 
-def _decoder(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The decoder that holds embedding, blocks and norm, and lm_head."""
-    decoder, head = getattr(model, "model", None), getattr(model, "lm_head", None)
-    has_layer_norm = any(isinstance(module, nn.LayerNorm) for module in model.modules())
-    if has_layer_norm:
-        raise ValueError(
-            f"rotate_: {type(model).__name__} has LayerNorm, which subtracts the mean over channels and adds a bias: that does"
-            " not commute with a rotation; models with RMSNorm can be rotated (Llama, Mistral, Qwen2, Qwen3, Gemma)"
-        )
-    missing = [name for name in ("embed_tokens", "layers", "norm") if getattr(decoder, name, None) is None]
-    if decoder is None or head is None or missing:
-        what = f"model.{missing[0]}" if missing and decoder is not None else "lm_head" if head is None else "model"
-        raise ValueError(f"rotate_: {type(model).__name__} has no {what}; pass a decoder such as LlamaForCausalLM")
-    known = {id(p) for m in (decoder.embed_tokens, decoder.layers, decoder.norm, head) for p in m.parameters()}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in known:
-            raise ValueError(f"rotate_: {name} has no known place in a rotated model; this family is not supported")
-    return decoder, head
-
-
 def _untie(model: nn.Module, edits: Edits) -> bool:
     """Whether the head was tied; the configuration then says that it is not, or loading would tie it again."""
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    decoder = Decoder(model)
+    tied = decoder.head.weight is decoder.embeddings[0].weight
     config = getattr(model, "config", None)
     inner = config.get_text_config() if hasattr(config, "get_text_config") else None
     for holder in {id(c): c for c in (config, inner) if getattr(c, "tie_word_embeddings", False)}.values():
@@ -274,26 +221,27 @@ def _probe(model: nn.Module, vocabulary: int) -> Tensor:
     return (output if isinstance(output, Tensor) else output.logits).double()
 
 
-def _folded(decoder: nn.Module, head: nn.Module, rotation: Rotation, online: bool, heads: bool) -> Iterator[Edits]:
-    blocks = [_Block(block, f"block {index}") for index, block in enumerate(decoder.layers)]
-    yield _fold_embedding(decoder.embed_tokens, rotation)
+def _folded(decoder: Decoder, rotation: Rotation, online: bool, heads: bool) -> Iterator[Edits]:
+    blocks = [Block(block, f"block {index}") for index, block in enumerate(decoder.layers)]
+    for embedding in decoder.embeddings:
+        yield _fold_embedding(embedding, rotation)
     for index, parts in enumerate(tqdm(blocks, desc="rotating", unit="block", leave=False, delay=2)):
         yield _fold_block(parts, rotation, index, online, heads)
-    yield _fold_head(decoder.norm, head, rotation)
+    yield _fold_head(decoder.norm, decoder.head, rotation)
 
 
 @torch.no_grad()
 def _rotate(model: nn.Module, seed: int, online: bool, heads: bool) -> tuple[RotationReport, Edits]:
-    decoder, head = _decoder(model)
-    rotation = Rotation(decoder.embed_tokens.weight.shape[1], seed)
+    decoder = Decoder(model)
+    rotation = Rotation(decoder.width, seed, keeps_mean=decoder.keeps_mean)
     edits = Edits()
-    for part in _folded(decoder, head, rotation, online, heads):
+    for part in _folded(decoder, rotation, online, heads):
         edits.extend(part)
     tied = _untie(model, edits)
-    first = _Block(decoder.layers[0], "block 0")
+    first = Block(decoder.layers[0], "block 0")
     head_order = hadamard_order(first.head_width()) if heads else None
     inner = (first.down.in_features, hadamard_order(first.down.in_features)) if online else (None, None)
-    vocabulary, allowed = decoder.embed_tokens.weight.shape[0], torch.finfo(head.weight.dtype).eps ** 0.5
+    vocabulary, allowed = decoder.embeddings[0].weight.shape[0], torch.finfo(decoder.head.weight.dtype).eps ** 0.5
     before = _probe(model, vocabulary)
     edits.apply()
     try:
@@ -319,8 +267,9 @@ def rotate_(model: nn.Module, seed: int = 0, *, online: bool = True, heads: bool
     All or nothing, at the cost of holding both models for a moment: at the end the logits of a few tokens are compared
     with those before, and a difference above sqrt(eps) of the weights' dtype undoes it all.
 
-    Raises ValueError for a model of another structure, with LayerNorm, rotated before, converted already, with meta or
-    not finite weights, or whose logits changed; the model is then as it was.
+    Llama, Mistral, Qwen2, Qwen3, Gemma and OPT, and what is built like them. Raises ValueError for a model of another
+    structure, rotated before, converted already, with meta or not finite weights, or whose logits changed; the model is
+    then as it was.
     """
     return _rotate(model, seed, online, heads)[0]
 
@@ -341,14 +290,13 @@ def place_transforms(model: nn.Module) -> None:
 
     For loading a rotated model's state into a model that was just built. Raises ValueError as :func:`rotate_`.
     """
-    decoder, _ = _decoder(model)
     edits = Edits()
-    for index, block in enumerate(decoder.layers):
-        mlp = _child(f"block {index}", block, "mlp")
-        down = getattr(mlp, "down_proj", None)
+    for index, block in enumerate(Decoder(model).layers):
+        holder, name = down_place(block, f"block {index}")
+        down = getattr(holder, name, None)
         if not isinstance(down, nn.Module) or isinstance(down, HadamardLinear):
-            raise ValueError(f"place_transforms: block {index} has {type(down).__name__} for mlp.down_proj; pass a plain model")
-        edits.put(mlp._modules, "down_proj", HadamardLinear(Hadamard(down.in_features), down).train(down.training))
+            raise ValueError(f"place_transforms: block {index} has {type(down).__name__} for {name}; pass a plain model")
+        edits.put(holder._modules, name, HadamardLinear(Hadamard(down.in_features), down).train(down.training))
     if _untie(model, edits):
         edits.put(model.lm_head._parameters, "weight", nn.Parameter(model.lm_head.weight.detach().clone()))
     edits.apply()
