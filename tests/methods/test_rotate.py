@@ -18,6 +18,7 @@ from ranvier.methods.spikellm.rotate import (
     rotate_embedding,
     rotate_head,
     rotated,
+    rotation_of,
     untie,
 )
 from ranvier.nn import HadamardLinear, SpikingLinear
@@ -173,8 +174,8 @@ def test_block_by_block_is_the_whole() -> None:
     """rotate_embedding, rotate_block and rotate_head, one after the other, give rotate_'s weights bit for bit."""
     whole, parts = family_model("llama"), family_model("llama")
     rotate_(whole, 9)
-    rotation = Rotation(48, 9)
-    assert untie(parts)
+    rotation = rotation_of(parts, 9)
+    assert rotation == Rotation(48, 9) and untie(parts)
     rotate_embedding(parts.model.embed_tokens, rotation)
     for index, block in enumerate(parts.model.layers):
         rotate_block(block, rotation, index)

@@ -165,6 +165,12 @@ def _fold_head(norm: nn.Module, head: nn.Module, rotation: Rotation) -> Edits:
     return edits.weight(head, rotation.inputs(head.weight.double() * folded.gain))
 
 
+def rotation_of(model: nn.Module, seed: int = 0) -> Rotation:
+    """The rotation of this model's residual stream that :func:`rotate_` takes. Raises ValueError as it does."""
+    decoder = Decoder(model)
+    return Rotation(decoder.width, seed, keeps_mean=decoder.keeps_mean)
+
+
 @torch.no_grad()
 def rotate_embedding(embedding: nn.Embedding, rotation: Rotation) -> None:
     """E' = E Q, in place. A head tied to it keeps the old weight: it is then tied no more, see :func:`untie`."""
@@ -233,7 +239,7 @@ def _folded(decoder: Decoder, rotation: Rotation, online: bool, heads: bool) -> 
 @torch.no_grad()
 def _rotate(model: nn.Module, seed: int, online: bool, heads: bool) -> tuple[RotationReport, Edits]:
     decoder = Decoder(model)
-    rotation = Rotation(decoder.width, seed, keeps_mean=decoder.keeps_mean)
+    rotation = rotation_of(model, seed)
     edits = Edits()
     for part in _folded(decoder, rotation, online, heads):
         edits.extend(part)
