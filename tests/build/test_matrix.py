@@ -28,6 +28,7 @@ def call_of(name: str) -> list:
     rule = (form.act_bits, form.steps, form.span, form.grid, form.group_size)
     given = _arguments(weight, layer.salient_mask, layer.bias.detach(), form, layer.out_features)
     return {
+        "hadamard": lambda: [torch.randn(3, 48), 24, False],
         "spike_encode": lambda: [x, layer.salient_mask, form.salient_count, *rule],
         "spike_linear": lambda: [*spike_encode(x, layer.salient_mask, **form.rule), *given, torch.float32],
         "spike_linear_dynamic": lambda: [x, *given],

@@ -64,6 +64,16 @@ def samples(name: str) -> list[tuple]:
         codes = torch.randint(-15, 16, (M, K), generator=generator(), dtype=torch.int32)
         columns = torch.randint(-15, 16, (K, N), generator=generator(), dtype=torch.int16)
         return [(codes, columns, torch.arange(K) // 20, 2, *rule) for rule in (("gif", 15), ("ternary", 1), ("naf", 1))]
+    if name == "hadamard":
+        shapes = ((3, 64), (2, 3, 36), (4, 12))
+        return [
+            (
+                torch.randn(shape, generator=generator()).to(dtype).requires_grad_(grad),
+                shape[-1] // 2 if grad else shape[-1],
+                grad,
+            )
+            for shape, dtype, grad in zip(shapes, DTYPES, (True, False, False), strict=True)
+        ]
     raise NotImplementedError(f"no samples for the op {name}: add them, so that opcheck sees it")
 
 

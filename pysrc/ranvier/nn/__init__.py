@@ -1,5 +1,6 @@
 """Drop-in torch modules over the compiled kernels."""
 
+from ranvier.nn.hadamard import Hadamard, HadamardLinear
 from ranvier.nn.spike_linear import SpikeGroup, SpikingLinear
 
-__all__ = ["SpikeGroup", "SpikingLinear"]
+__all__ = ["Hadamard", "HadamardLinear", "SpikeGroup", "SpikingLinear"]
