@@ -71,7 +71,7 @@ def edit(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=2), r"format_version 2; this ranvier reads 1: update ranvier"),
+        (lambda q: q.update(format_version=9), r"format_version 9; this ranvier reads 1.*: update ranvier"),
         (lambda q: q.pop("format_version"), r"format_version None"),
         (lambda q: q.pop("groups"), r"is damaged: no entry 'groups'"),
         (lambda q: q["configs"][0].update(act_bits=9), r"is damaged: SpikeConfig\.act_bits is 9"),
