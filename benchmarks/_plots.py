@@ -147,7 +147,7 @@ def _finish(figure, rows: list[dict], path: str, title: str) -> None:
     figure.savefig(path, dpi=130)
 
 
-def plot_encode(rows: list[dict], path: str) -> None:
+def plot_encode(rows: list[dict], path: str, title: str = "Encoding tokens as spike codes") -> None:
     """Time a token against M, a panel an input dtype."""
     timed = [r for r in rows if r["metric"] == "time" and r["K"] == 4096]
     dtypes = list(dict.fromkeys(r["dtype"] for r in timed))
@@ -168,7 +168,7 @@ def plot_encode(rows: list[dict], path: str) -> None:
     axes[0][0].set_ylabel("ns a token")
     figure.tight_layout(rect=(0, 0.08, 1 - 1.9 / figure.get_figwidth(), 0.95))
     figure.legend(list(handles.values()), list(handles), loc="center right", frameon=False)
-    _finish(figure, rows, path, "Encoding tokens as spike codes")
+    _finish(figure, rows, path, title)
 
 
 def plot_model(rows: list[dict], path: str) -> None:

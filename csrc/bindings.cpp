@@ -8,6 +8,7 @@
 #include "core/cpu_features.h"
 #include "core/isa.h"
 #include "core/parallel.h"
+#include "hadamard/hadamard.h"
 #include "machine/machine.h"
 #include "spike_linear/spike_linear.h"
 #include "ternary_linear/ternary_linear.h"
@@ -170,6 +171,18 @@ void bind_weight_only(py::module_& m) {
   });
 }
 
+void bind_hadamard(py::module_& m) {
+  m.def("hadamard", [](Address x, Address y, std::int64_t rows, std::int64_t order, std::int64_t core, Address matrix,
+                       std::int64_t dtype) {
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = ranvier::hadamard(at<void>(x), at<void>(y), rows, order, core, at<float>(matrix), static_cast<DType>(dtype));
+    }
+    raise_on(status, "hadamard");
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -177,4 +190,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_core(m);
   bind_spike(m);
   bind_weight_only(m);
+  bind_hadamard(m);
 }

@@ -184,6 +184,17 @@ def test_two_bit_loop_splits_a_block_once(core: Path) -> None:
     assert len(hot) <= 48 + 24 + 14
 
 
+@pytest.mark.parametrize("level", ["avx512", "avx2"])
+def test_hadamard_loops_spill_nothing(core: Path, level: str) -> None:
+    """Butterflies of eight vectors and sums over a core stay in registers."""
+    functions = disassemble(core / f"hadamard/hadamard_{level}.cpp.o")
+    found = [loop for body in functions.values() for loop in loops(body)]
+    found = [loop for loop in found if sum(bool(re.fullmatch(r"v(add|sub|fmadd\d+)ps", i.mnemonic)) for i in loop) >= 8]
+    assert len(found) >= 6
+    for loop in found:
+        assert not [i for i in loop if re.search(r"[yz]mm", i.operands) and re.search(r"\(%r[sb]p", i.operands)]
+
+
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ def call_of(name: str) -> list:
     ternary = TernaryLinear.from_linear(linear(), None, layer.salient_mask)
     ternary_rest = (ternary.salient_mask, ternary.bias.detach(), ternary.out_features, ternary.salient_count)
     return {
+        "hadamard": lambda: [torch.randn(3, 48), 24, False],
         "spike_encode": lambda: [x, layer.salient_mask, form.salient_count, *rule],
         "spike_linear": lambda: [*spike_encode(x, layer.salient_mask, **form.rule), *given, torch.float32],
         "spike_linear_dynamic": lambda: [x, *given],

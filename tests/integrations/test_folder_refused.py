@@ -78,7 +78,7 @@ def swap_name(values: dict) -> None:
 
 
 EDITS = {
-    "format_version": (lambda v: v.update(format_version=2), "format_version 2; this ranvier reads 1"),
+    "format_version": (lambda v: v.update(format_version=3), "format_version 3; this ranvier reads 1 and 2"),
     "format": (lambda v: v.update(format="other"), "'format' is missing or not 'ranvier'"),
     "name": (swap_name, "lacks model.layers.7.self_attn.q_proj"),
     "dropped_layer": (lambda v: v["layers"].remove(layer(v, DOWN)), "was changed since"),

@@ -88,6 +88,16 @@ def samples(name: str) -> list[tuple]:
             packed, scale, zero, _ = pack_weight(torch.randn(N, K, generator=generator(3)), None, digit_format(K, group))
             found.append((tokens(dtype, grad=grad), packed, scale, zero, bias_of(dtype, grad=grad), N, group))
         return found
+    if name == "hadamard":
+        shapes = ((3, 64), (2, 3, 36), (4, 12))
+        return [
+            (
+                torch.randn(shape, generator=generator()).to(dtype).requires_grad_(grad),
+                shape[-1] // 2 if grad else shape[-1],
+                grad,
+            )
+            for shape, dtype, grad in zip(shapes, DTYPES, (True, False, False), strict=True)
+        ]
     raise NotImplementedError(f"no samples for the op {name}: add them, so that opcheck sees it")
 
 

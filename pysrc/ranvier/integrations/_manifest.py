@@ -14,11 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ranvier.config import QUANT_METHOD, SpikeConfig
+from ranvier.nn.hadamard import Hadamard
 from ranvier.nn.spike_linear import SpikingLinear
 from ranvier.nn.ternary_linear import TernaryLinear
 from ranvier.ops._args import DTYPES
 
 FORMAT_VERSION = 1
+ROTATED_VERSION = 2  # with layers behind a Hadamard transform, which a reader of version 1 would leave out
 MANIFEST = "ranvier.json"
 TENSORS = "ranvier.safetensors"
 CONFIG = "config.json"
@@ -50,13 +52,23 @@ class LayerEntry:
     dtype: str
 
 
+@dataclass(frozen=True)
+class HadamardEntry:
+    """One layer that a :class:`ranvier.nn.HadamardLinear` holds; order: of the matrix, a divisor of features."""
+
+    name: str
+    features: int
+    order: int
+
+
 @dataclass
 class Manifest:
     """The content of ranvier.json.
 
     groups: layers that share one mask and one encode; the mask is stored under the first. tied: name -> name under
     which its tensor is stored. model: class, and for transformers' models the attention kernel and the dtypes of
-    floating buffers that are not stored. files: size and sha256 of every file that loading reads.
+    floating buffers that are not stored. files: size and sha256 of every file that loading reads. hadamards: layers behind
+    a transform; without any the file is of version 1 and has no such entry.
     """
 
     configs: list[SpikeConfig]
@@ -65,18 +77,21 @@ class Manifest:
     tied: dict[str, str]
     model: dict[str, Any]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    hadamards: list[HadamardEntry] = field(default_factory=list)
 
     @property
     def version(self) -> int:
         """The format version that a reader needs."""
-        return FORMAT_VERSION
+        return ROTATED_VERSION if self.hadamards else FORMAT_VERSION
 
     def structure(self) -> dict[str, Any]:
         """What the spiking layers are, as plain json values."""
+        rotated = {"hadamards": [vars(entry) for entry in self.hadamards]} if self.hadamards else {}
         return {
             "configs": [config.to_dict() for config in self.configs],
             "layers": [vars(layer) for layer in self.layers],
             "groups": self.groups,
+            **rotated,
         }
 
     def content(self) -> dict[str, Any]:
@@ -154,9 +169,9 @@ def read_manifest(folder: Path) -> Manifest:
 def check_version(values: Mapping[str, Any], where: str) -> None:
     """Raises ValueError for a description of another format version."""
     version = values.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, ROTATED_VERSION):
         raise ValueError(
-            f"{where} has format_version {version!r}; this ranvier reads {FORMAT_VERSION}:"
+            f"{where} has format_version {version!r}; this ranvier reads {FORMAT_VERSION} and {ROTATED_VERSION}:"
             " update ranvier, or save the model again"
         )
 
@@ -182,7 +197,7 @@ def parse_structure(values: Mapping[str, Any]) -> Manifest:
     for names in groups:
         if len({(by_name[name].in_features, by_name[name].salient_count) for name in names}) != 1:
             raise ValueError(f"the group of {names[:1]} has layers of different in_features or salient_count")
-    return Manifest(configs, layers, groups, {}, {})
+    return Manifest(configs, layers, groups, {}, {}, hadamards=_parse_hadamards(values))
 
 
 def _parse(values: Mapping[str, Any]) -> Manifest:
@@ -198,6 +213,18 @@ def _parse(values: Mapping[str, Any]) -> Manifest:
         raise ValueError("'model' must name a class")
     manifest.tied, manifest.model, manifest.files = tied, values["model"], {n: dict(f) for n, f in files.items()}
     return manifest
+
+
+def _parse_hadamards(values: Mapping[str, Any]) -> list[HadamardEntry]:
+    rotated = values["format_version"] == ROTATED_VERSION
+    entries = [HadamardEntry(**entry) for entry in (values["hadamards"] if rotated else values.get("hadamards", ()))]
+    if rotated != bool(entries) or len({entry.name for entry in entries}) != len(entries):
+        raise ValueError(f"'hadamards' names a layer twice, or does not go with format_version {values['format_version']}")
+    for entry in entries:
+        if not isinstance(entry.name, str):
+            raise ValueError(f"'hadamards' has a layer named {entry.name!r}")
+        Hadamard(entry.features, entry.order)  # raises for sizes that no transform has
+    return entries
 
 
 def check_entry(layer: LayerEntry, configs: int) -> None:

@@ -118,9 +118,10 @@ class SpikeQuantizer:
         model.config.quantization_config = self.quantization_config  # without the calibration
         if not self.pre_quantized:
             return
-        from ranvier.integrations.folder import _empty_layers
+        from ranvier.integrations.folder import _empty_layers, _Journal, _place_hadamards
 
         manifest = self.quantization_config.manifest
+        _place_hadamards(model, manifest, _Journal())
         places = _places(model, manifest)
         dtypes = {entry.name: model.get_submodule(name).weight.dtype for entry, name in places}
         cast = [_cast(entry, dtypes.get(entry.name)) for entry in manifest.layers]

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ranvier.integrations import _manifest as manifests
-from ranvier.integrations._manifest import FLOATS, MANIFEST, OWN_FILES, STORED, TENSORS, LayerEntry, Manifest
+from ranvier.integrations._manifest import FLOATS, MANIFEST, OWN_FILES, STORED, TENSORS, HadamardEntry, LayerEntry, Manifest
 from ranvier.integrations._staging import check_output, staged
+from ranvier.nn.hadamard import Hadamard, HadamardLinear
 from ranvier.nn.spike_linear import SpikeGroup, SpikingLinear
 
 
@@ -125,10 +126,22 @@ def _describe(model: nn.Module, layers: Mapping[str, SpikingLinear], tied: Mappi
         entry = LayerEntry(name, *shape, configs.index(layer.config), _name(layer.dtype))
         manifests.check_entry(entry, len(configs))
         entries.append(entry)
-    manifest = Manifest(configs, entries, _groups(layers), {}, _describe_model(model))
+    manifest = Manifest(configs, entries, _groups(layers), {}, _describe_model(model), hadamards=_hadamards(model))
     implied = manifest.aliases
     manifest.tied = {alias: name for alias, name in tied.items() if implied.get(alias) != name}
     return manifest
+
+
+def _hadamards(model: nn.Module) -> list[HadamardEntry]:
+    """The layers that are behind a transform; loading puts it there again, so signs and direction must be the plain ones."""
+    entries = []
+    for name, module in model.named_modules():
+        if isinstance(module, HadamardLinear):
+            turn = module.hadamard
+            if turn.signs is not None or turn.transpose:
+                raise ValueError(f"save: {name} has a transform with signs or transposed; fold the signs into the layer before")
+            entries.append(HadamardEntry(name, turn.features, turn.order))
+    return entries
 
 
 def _groups(layers: Mapping[str, SpikingLinear]) -> list[list[str]]:
@@ -210,6 +223,7 @@ def load(folder: str | os.PathLike, model: nn.Module | None = None) -> nn.Module
         manifests.check_mask(entry, tensors[masks.get(mask, mask)], path)
     journal = _Journal()
     try:
+        _place_hadamards(built, manifest, journal)
         devices = _place_layers(built, manifest, layers, journal)
         _check_names(built, manifest, header, path)
         _fill(built, manifest, tensors, devices, journal)
@@ -303,6 +317,22 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:
         return None
+
+
+def _place_hadamards(model: nn.Module, manifest: Manifest, journal: _Journal) -> None:
+    """Put the transforms before the layers that the folder has behind them."""
+    for entry in manifest.hadamards:
+        old = _module(model, entry.name)
+        if isinstance(old, HadamardLinear) and (old.hadamard.features, old.hadamard.order) == (entry.features, entry.order):
+            continue
+        if not isinstance(old, (nn.Linear, SpikingLinear)) or old.in_features != entry.features:
+            what = "has no such module" if old is None else f"has another {type(old).__name__} there"
+            raise ValueError(f"load: {entry.name} has a Hadamard transform of {entry.features} in the folder, the model {what}")
+        wrapped = HadamardLinear(Hadamard(entry.features, entry.order), old).train(old.training)
+        for parent in list(model.modules()):
+            for key, child in parent._modules.items():
+                if child is old:
+                    journal.put(parent._modules, key, wrapped)
 
 
 def _place_layers(

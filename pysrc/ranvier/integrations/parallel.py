@@ -227,6 +227,7 @@ def load_parallel(folder: str | os.PathLike, group: Any = None) -> nn.Module:
     layers, path = folders._empty_layers(manifest), folder / TENSORS
     header = folders._check_tensors(manifest, layers, path)
     model = folders._build(manifest, folder)  # its parameters are not touched, so they take no memory
+    folders._place_hadamards(model, manifest, folders._Journal())
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     split, parts, replacements = _divisible(model, layers, world), {}, {}
     for name, layer in layers.items():

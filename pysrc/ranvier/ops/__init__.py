@@ -1,5 +1,6 @@
 """Functional calls of the compiled kernels, each also a torch op in the ``ranvier::`` namespace."""
 
+from ranvier.ops.hadamard import hadamard
 from ranvier.ops.spike_encode import SpikeCodes, SpikeFormat, spike_encode
 from ranvier.ops.spike_events import SpikeCounts, SpikeEvents, spike_events, spike_raster
 from ranvier.ops.spike_linear import PackedWeight, pack_weight, spike_linear, spike_linear_dynamic, unpack_weight
@@ -23,6 +24,7 @@ __all__ = [
     "TernaryFormat",
     "dequantize_ternary",
     "digit_format",
+    "hadamard",
     "pack_ternary",
     "pack_weight",
     "spike_encode",

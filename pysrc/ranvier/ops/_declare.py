@@ -63,6 +63,7 @@ class Op:
     check: Callable[..., None]
     dtypes: tuple[torch.dtype, ...]
     differentiable: bool = False
+    exact: bool = False
     overload: Any = field(default=None, repr=False)
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
@@ -109,6 +110,7 @@ def declare(
     triton: Callable | None = None,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    exact: bool = False,
     autocast: bool = False,
     places: tuple[str, ...],
     dtypes: tuple[torch.dtype, ...],
@@ -116,14 +118,15 @@ def declare(
     """Define an op and return what calls it.
 
     check(*args) raises ValueError or TypeError and is shared by every way in; fake returns empty tensors of the result's
-    shapes; reference, cpu and triton compute; backward and setup_context are torch.library's. With autocast the first
+    shapes; reference, cpu and triton compute; backward and setup_context are torch.library's, and exact says that they are
+    the derivative itself and no straight-through one. With autocast the first
     argument is cast as torch's own linear casts it. places lists where the op's stem is found (reference, csrc, kernels,
     ops, nn, tests, benchmarks; none for an op that shares another's stem); a test walks them. dtypes are those that check
     allows the first tensor.
     """
     name = schema.split("(", 1)[0]
     given = {"cpu": cpu, "triton": triton, "reference": reference}
-    op = Op(name, places, {k: v for k, v in given.items() if v is not None}, check, dtypes, backward is not None)
+    op = Op(name, places, {k: v for k, v in given.items() if v is not None}, check, dtypes, backward is not None, exact)
     LIBRARY.define(schema)
     op.overload = getattr(torch.ops.ranvier, name).default
 

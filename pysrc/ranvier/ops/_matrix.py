@@ -12,7 +12,8 @@ def _cells(op: Op) -> list[str]:
     """Forward and compile are what declaring gives every op: an implementation, a schema and a fake."""
     backends = ["yes" if backend in op.implementations else "-" for backend in BACKENDS]
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in op.dtypes)
-    return [f"`{op.name}`", *backends, dtypes, "yes", "straight-through" if op.differentiable else "-", "yes"]
+    backward = ("exact" if op.exact else "straight-through") if op.differentiable else "-"
+    return [f"`{op.name}`", *backends, dtypes, "yes", backward, "yes"]
 
 
 def markdown_matrix() -> list[str]:

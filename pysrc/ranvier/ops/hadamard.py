@@ -1,0 +1,109 @@
+"""hadamard: rows times an orthogonal matrix of +-1 / sqrt(n), in n log n additions.
+
+    y = x (I_b (x) H_n) / sqrt(n),    H_n = C_m (x) S_p,    H_n H_n^T = n I
+
+Which orders there are, and how they are built: :mod:`ranvier.reference.hadamard`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ranvier import _C
+from ranvier.ops._args import DTYPES, MAX_CHANNELS, check_float, plain
+from ranvier.ops._declare import declare
+from ranvier.reference import hadamard as reference
+from ranvier.reference.hadamard import hadamard_core, hadamard_order
+
+SCHEMA = "hadamard(Tensor x, int order, bool transpose) -> Tensor"
+
+
+@functools.cache
+def order_fault(order: int) -> str | None:
+    """Why there is no matrix of this order, None where there is one."""
+    if isinstance(order, bool) or not isinstance(order, int):
+        return f"order is {order!r}; pass a whole number"
+    if not 1 <= order <= MAX_CHANNELS:
+        return f"order is {order}; allowed are 1 to {MAX_CHANNELS}"
+    if hadamard_core(order) is None:
+        return f"there is no Hadamard matrix of order {order} here; its largest divisor that has one is {hadamard_order(order)}"
+    return None
+
+
+def check(x: Tensor, order: int, transpose: bool) -> None:
+    check_float("hadamard", "x", x)
+    if x.ndim == 0:
+        raise ValueError("hadamard: x has no dimensions; its last one must hold the channels")
+    fault = order_fault(order)
+    if fault is not None:
+        raise ValueError(f"hadamard: {fault}")
+    if x.shape[-1] % order:
+        raise ValueError(f"hadamard: x has {x.shape[-1]} channels in its last dimension, which is no multiple of order {order}")
+
+
+def fake(x: Tensor, order: int, transpose: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@functools.cache
+def _matrix(core: int, transpose: bool) -> Tensor:
+    """Row j holds what piece j adds to each output, as csrc/hadamard reads it."""
+    matrix = reference.core_matrix(core)
+    return (matrix.T if transpose else matrix).to(torch.float32).contiguous()
+
+
+@functools.cache
+def _core(order: int, transpose: bool) -> tuple[int, int]:
+    """m and the address of its matrix, which is kept for good."""
+    core = hadamard_core(order)
+    return core, _matrix(core, transpose).data_ptr() if core > 1 else 0
+
+
+def cpu(x: Tensor, order: int, transpose: bool) -> Tensor:
+    x = plain(x)
+    y = x.new_empty(x.shape)
+    _C.hadamard(x.data_ptr(), y.data_ptr(), x.numel() // order, order, *_core(order, transpose), DTYPES[x.dtype])
+    return y
+
+
+def setup_context(ctx, inputs, output) -> None:
+    _, ctx.order, ctx.transpose = inputs
+
+
+def backward(ctx, grad: Tensor):
+    return op(grad, ctx.order, not ctx.transpose), None, None
+
+
+op = declare(
+    SCHEMA,
+    check=check,
+    fake=fake,
+    cpu=cpu,
+    reference=reference.hadamard,
+    backward=backward,
+    setup_context=setup_context,
+    exact=True,
+    places=("reference", "csrc", "ops", "nn", "tests", "benchmarks"),
+    dtypes=tuple(DTYPES),
+)
+
+
+def hadamard(x: Tensor, order: int | None = None, *, transpose: bool = False, backend: str | None = None) -> Tensor:
+    """Rotate the last dimension: y = x (I (x) H_n) / sqrt(n), and with H_n^T where ``transpose``, which undoes it.
+
+    x: float32, bfloat16 or float16 [..., K], y alike; float32 inside. order: n, a divisor of K; None takes the largest
+    there is, :func:`hadamard_order`, which is K for nearly every width of a model. With n < K each n channels are a block
+    of their own. The gradient is the other direction's transform, and has one itself.
+
+    Raises ValueError for an order without a matrix or that does not divide K, TypeError for other dtypes, BackendError for
+    a backend that cannot run. Source: the rotations of QuaRot, arXiv 2404.00456.
+    """
+    if order is None:
+        check_float("hadamard", "x", x)
+        if x.ndim == 0 or x.shape[-1] == 0:
+            raise ValueError(f"hadamard: x has shape {list(x.shape)}; its last dimension must hold channels")
+        order = hadamard_order(int(x.shape[-1]))
+    return op(x, order, transpose, backend=backend)
