@@ -28,6 +28,7 @@ def test_inverse_undoes_it() -> None:
     assert same(turn(x), hadamard(x * s, 36))
     assert torch.allclose(back(turn(x)), x, atol=1e-5)
     assert not list(turn.parameters()) and not list(Hadamard(72).buffers())
+    assert same(Hadamard(72)(x), hadamard(x)) and same(Hadamard(72, transpose=True)(x), hadamard(x, transpose=True))
     assert (Hadamard(100).order, Hadamard(576).order) == (20, 576)
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranvier.ops.hadamard import hadamard, order_fault
+from ranvier.ops._args import DTYPES
+from ranvier.ops._declare import needs_dispatcher
+from ranvier.ops.hadamard import cpu, hadamard, order_fault
 from ranvier.reference import hadamard as reference
 from ranvier.reference.hadamard import hadamard_order
 
@@ -44,9 +46,13 @@ class Hadamard(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., features] -> [..., features]. Raises ValueError for another width, TypeError for other dtypes."""
-        if input.shape[-1:] != (self.features,):
+        if input.ndim == 0 or input.shape[-1] != self.features:
             raise ValueError(f"Hadamard: x has shape {list(input.shape)}; its last dimension must be {self.features}")
-        if self.signs is None:
+        if self._buffers["signs"] is None:
+            # Checked above and when the module was made: the op would look again, which costs more than a token's transform.
+            known = input.is_cpu and input.dtype in DTYPES and input.layout is torch.strided
+            if known and not needs_dispatcher(input):
+                return cpu(input, self.order, self.transpose)
             return hadamard(input, self.order, transpose=self.transpose)
         signs = self.signs.to(input.dtype)
         if self.transpose:

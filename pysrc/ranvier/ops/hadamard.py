@@ -63,8 +63,9 @@ def _core(order: int, transpose: bool) -> tuple[int, int]:
 
 
 def cpu(x: Tensor, order: int, transpose: bool) -> Tensor:
-    x = plain(x)
-    y = x.new_empty(x.shape)
+    if not x.is_contiguous() or x.is_neg():
+        x = plain(x)
+    y = torch.empty_like(x)
     _C.hadamard(x.data_ptr(), y.data_ptr(), x.numel() // order, order, *_core(order, transpose), DTYPES[x.dtype])
     return y
 
