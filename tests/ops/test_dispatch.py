@@ -60,6 +60,13 @@ def samples(name: str) -> list[tuple]:
             encoded = spike_encode(tokens(), arguments[4], **rule, group_size=group)
             found.append((*encoded, *arguments, DTYPES[group % 3]))
         return found
+    if name in ("spike_rms_norm", "spike_silu_mul"):
+        mask = random_mask(K, 0.3, generator(2))
+        own = (torch.rand(K), 1e-5, "one_plus") if name == "spike_rms_norm" else (torch.rand(M, K),)
+        return [
+            (tokens(dtype), *own, mask, int(mask.sum()), *rule.values(), group, 0.9)
+            for (rule, group), dtype in zip(rules, itertools.cycle(DTYPES))
+        ]
     if name == "spike_events":
         codes = torch.randint(-15, 16, (M, K), generator=generator(), dtype=torch.int32)
         columns = torch.randint(-15, 16, (K, N), generator=generator(), dtype=torch.int16)

@@ -1,6 +1,17 @@
 """SpikeLLM: saliency-based spiking for large language models (arXiv 2407.04752), as post-training conversion."""
 
 from ranvier.methods.spikellm.convert import LayerReport, SpikeReport, spike_, unspike_
+from ranvier.methods.spikellm.fuse import FuseReport, fuse_, unfuse_
 from ranvier.methods.spikellm.saliency import first_order_saliency, salient_mask
 
-__all__ = ["LayerReport", "SpikeReport", "first_order_saliency", "salient_mask", "spike_", "unspike_"]
+__all__ = [
+    "FuseReport",
+    "LayerReport",
+    "SpikeReport",
+    "first_order_saliency",
+    "fuse_",
+    "salient_mask",
+    "spike_",
+    "unfuse_",
+    "unspike_",
+]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ranvier.config import SpikeConfig
+from ranvier.methods.spikellm.fuse import replace_modules, unfuse_
 from ranvier.methods.spikellm.saliency import SaliencyObserver, salient_mask
 from ranvier.nn.spike_linear import SpikeGroup, SpikingLinear, check_convertible
 
@@ -90,25 +91,6 @@ def find_linears(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, 
         else:
             found[name] = module
     return found, skipped
-
-
-def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Put ``replacements[id(old)]`` wherever a module holds ``old``: first every place is found, then all are set."""
-    places = [
-        (parent, name, replacements[id(child)])
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if child is not None and id(child) in replacements
-    ]
-    done = []
-    try:
-        for parent, name, new in places:
-            done.append((parent, name, parent._modules[name]))
-            parent._modules[name] = new
-    except BaseException:
-        for parent, name, old in reversed(done):
-            parent._modules[name] = old
-        raise
 
 
 def _run_calibration(model: nn.Module, calibration: Iterable[Any]) -> int:
@@ -211,10 +193,8 @@ def spike_(model: nn.Module, config: SpikeConfig | None = None, calibration: Ite
     SpikeLLM, arXiv 2407.04752.
     """
     config = config or SpikeConfig()
-    if config.pipeline != "rtn" or config.rotate or config.weight_bits != 4 or config.act_bits is None or config.act_clip != 1:
-        raise ValueError(
-            "spike_: this version converts with pipeline='rtn', weight_bits=4, act_bits 1 to 8 and act_clip=1 only"
-        )
+    if config.pipeline != "rtn" or config.rotate or config.weight_bits != 4 or config.act_bits is None:
+        raise ValueError("spike_: this version converts with pipeline='rtn', weight_bits=4 and act_bits 1 to 8 only")
     if type(model) is nn.Linear:
         raise ValueError(
             "spike_: the model is itself one nn.Linear and cannot be replaced in place; use SpikingLinear.from_linear"
@@ -236,13 +216,14 @@ def spike_(model: nn.Module, config: SpikeConfig | None = None, calibration: Ite
 def unspike_(model: nn.Module) -> nn.Module:
     """Replace every spiking layer by an ``nn.Linear`` with its dequantized weight, in place; returns the model.
 
-    What 4 bits lost stays lost. If anything fails the model is as it was. Raises ValueError where nothing is spiking, and
-    for a model that is itself one spiking layer.
+    Modules that ``fuse_`` replaced come back too. What 4 bits lost stays lost. If anything fails the model is as it was.
+    Raises ValueError where nothing is spiking, and for a model that is itself one spiking layer.
     """
     if isinstance(model, SpikingLinear):
         raise ValueError("unspike_: the model is itself one SpikingLinear and cannot be replaced in place; use to_linear")
     layers = [module for module in model.modules() if isinstance(module, SpikingLinear)]
     if not layers:
         raise ValueError(f"unspike_: {type(model).__name__} has no spiking layer; there is nothing to undo")
-    replace_modules(model, {id(layer): layer.to_linear() for layer in tqdm(layers, desc="unspiking", leave=False)})
+    linears = {id(layer): layer.to_linear() for layer in tqdm(layers, desc="unspiking", leave=False)}
+    replace_modules(unfuse_(model), linears)
     return model
