@@ -2,7 +2,9 @@
 
 Decoding is batch 1 with a cache, 512-token prefill gives all logits or the last one's only. The model is transformers',
 lm_head stays a float layer. op: the functional call of all 210 linear layers once; module: the layers' own calls, which
-share an encoding where they read one tensor; model: everything. Next to them llama.cpp with the same GGUF file.
+share an encoding where they read one tensor; model: everything; part: where a model's time goes. "fused": after
+ranvier.fuse_. "lm_head bfloat16": float32 residual stream, lm_head alone in bfloat16; torch's counterpart has every linear
+layer in bfloat16 under a float32 residual stream. Next to them llama.cpp with the same GGUF file.
 
     python benchmarks/smollm2.py --quick
     python benchmarks/smollm2.py --csv smollm2.csv --plot smollm2.png --check
@@ -20,6 +22,7 @@ from itertools import groupby
 import torch
 from _claims import print_claims, smollm2_claims
 from _harness import Bench, Candidate, Measured, arguments, check_values, quantile, some_outputs
+from _parts import seconds_by_part
 from _plots import plot_model
 from _report import print_table, was_quiet, write
 from peers.base import BFLOAT16, FLOAT32
@@ -62,6 +65,45 @@ def check_layers(name: str, model: nn.Module, ids: Tensor) -> None:
         hook.remove()
     if not layers:
         raise ValueError(f"{name}: the model has no spiking layer")
+
+
+class BFloat16Linear(nn.Module):
+    """A linear layer in bfloat16 between float32 neighbours."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = copy.deepcopy(linear).bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.bfloat16()).float()
+
+
+def with_bfloat16(model: nn.Module, every: bool) -> nn.Module:
+    """A copy whose lm_head, or every linear layer, is in bfloat16; all else stays float32."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and (every or name == "lm_head"):
+            model.set_submodule(name, BFloat16Linear(module))
+    return model
+
+
+def fused(model: nn.Module) -> nn.Module:
+    """A copy after fuse_."""
+    model = copy.deepcopy(model)
+    ranvier.fuse_(model)
+    return model
+
+
+def more_models(models: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """What only the model level is measured with."""
+    mixed = with_bfloat16(models["ranvier float32"], every=False)
+    return {
+        "ranvier fused float32": fused(models["ranvier float32"]),
+        "ranvier fused bfloat16": fused(models["ranvier bfloat16"]),
+        "ranvier float32, lm_head bfloat16": mixed,
+        "ranvier fused float32, lm_head bfloat16": fused(mixed),
+        "torch float32, linears bfloat16": with_bfloat16(models["torch float32"], every=True),
+    }
 
 
 def load_models(quick: bool) -> tuple[dict[str, nn.Module], Tensor]:
@@ -204,7 +246,7 @@ class Job:
 
     def candidates(self) -> list[Candidate]:
         labels = {"op": "smollm2", "level": self.level, "N": None, "K": None, "M": self.m}
-        dtypes = {name: "bfloat16" if name.endswith("bfloat16") else "float32" for name in self.calls}
+        dtypes = {name: "float32" if "float32" in name else "bfloat16" for name in self.calls}
         return [Candidate(name, call, labels={**labels, "dtype": dtypes[name]}) for name, call in self.calls.items()]
 
 
@@ -217,6 +259,7 @@ def jobs(models: dict[str, nn.Module], llama: LlamaCpp | None, ids: Tensor, new:
     for m, metric in ((1, "decode"), (PREFILL, "prefill")):
         yield Job("op", metric, m, m, of_each(lambda model, m=m: all_ops(model, inputs_for(model, m))))
         yield Job("module", metric, m, m, of_each(lambda model, m=m: all_modules(model, inputs_for(model, m))))
+    models = {**models, **more_models(models)}
     peer = {} if llama is None else {LLAMA_CPP: llama.decode(new)}
     yield Job("model", "decode", 1, new, of_each(lambda model: decode(model, ids, new)) | peer)
     yield Job("model", "prefill", PREFILL, PREFILL, of_each(lambda model: prefill(model, ids, 0)))
@@ -235,6 +278,23 @@ def compare(models: dict[str, nn.Module], bench: Bench, llama: LlamaCpp | None, 
     return rows
 
 
+def parts(models: dict[str, nn.Module], bench: Bench, ids: Tensor) -> list[dict]:
+    """Milliseconds by part: of a token in decoding, of a prefill."""
+    rows, new = [], 8
+    for name, model in {**models, **more_models(models)}.items():
+        for metric, run, m, calls in (
+            ("decode", decode(model, ids, new), 1, new),
+            ("prefill", prefill(model, ids, 0), PREFILL, 1),
+        ):
+            seconds = seconds_by_part(model, run)
+            labels = {"op": "smollm2", "level": "part", "provider": name, "M": m, **vars(bench.run)}
+            for part, spent in seconds.items():
+                rows.append({**labels, "metric": f"{metric}: {part}", "value": 1e3 * spent / calls, "unit": "ms"})
+            line = ", ".join(f"{part} {1e3 * spent / calls:.2f}" for part, spent in seconds.items())
+            print(f"part {metric} {name}: {line} ms", file=sys.stderr)
+    return rows
+
+
 def main() -> None:
     options = arguments(__doc__, claims=True).parse_args()
     bench = Bench.begin(options)
@@ -246,7 +306,7 @@ def main() -> None:
         else:
             note = "not installed: pip install llama-cpp-python (builds for some ten minutes; make bench-peers)"
             absent = [{"op": "smollm2", "provider": LLAMA_CPP, "metric": "absent", "note": note, **vars(bench.run)}]
-        rows = absent + compare(models, bench, llama, ids)
+        rows = absent + compare(models, bench, llama, ids) + parts(models, bench, ids)
     print_table(rows)
     write(rows, options, plot_model)
     if options.check:

@@ -11,6 +11,8 @@
 #include "hadamard/hadamard.h"
 #include "machine/machine.h"
 #include "spike_linear/spike_linear.h"
+#include "spike_rms_norm/spike_rms_norm.h"
+#include "spike_silu_mul/spike_silu_mul.h"
 #include "ternary_linear/ternary_linear.h"
 #include "weight_only_linear/weight_only_linear.h"
 
@@ -183,6 +185,85 @@ void bind_hadamard(py::module_& m) {
   });
 }
 
+void bind_spike_neighbours(py::module_& m) {
+  using ranvier::SpikeFormat;
+  using ranvier::SpikeLayer;
+  const auto norm_of = [](Address x, std::int64_t stride, std::int64_t dtype, Address weight, std::int64_t K, double eps,
+                          std::int64_t weighting, Address y) {
+    return ranvier::RmsNorm{at<void>(x),
+                            stride,
+                            static_cast<DType>(dtype),
+                            at<void>(weight),
+                            K,
+                            static_cast<float>(eps),
+                            static_cast<ranvier::Weighting>(weighting),
+                            at<void>(y)};
+  };
+  m.def("rms_norm", [norm_of](Address x, std::int64_t stride, std::int64_t dtype, Address weight, std::int64_t K, double eps,
+                              std::int64_t weighting, Address y, std::int64_t M) {
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = ranvier::rms_norm(norm_of(x, stride, dtype, weight, K, eps, weighting, y), M);
+    }
+    raise_on(status, "rms_norm");
+  });
+  m.def("spike_rms_norm", [norm_of](Address x, std::int64_t stride, std::int64_t dtype, Address weight, std::int64_t K,
+                                    double eps, std::int64_t weighting, Address y, const py::bytes& format, Address mask,
+                                    std::int64_t M, Address codes, Address scale, Address sums, Address zero) {
+    const auto f = unpack<SpikeFormat>(format);
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status =
+          ranvier::spike_rms_norm(norm_of(x, stride, dtype, weight, K, eps, weighting, y), f, at<std::uint8_t>(mask), M,
+                                  at<std::int8_t>(codes), at<float>(scale), at<std::int32_t>(sums), at<std::int32_t>(zero));
+    }
+    raise_on(status, "spike_rms_norm");
+  });
+  m.def("spike_rms_norm_panels",
+        [norm_of](Address x, std::int64_t stride, std::int64_t dtype, Address weight, std::int64_t K, double eps,
+                  std::int64_t weighting, Address y, const py::bytes& layer, std::int64_t M, Address encoding) {
+          const auto l = unpack<SpikeLayer>(layer);
+          Status status;
+          {
+            py::gil_scoped_release release;
+            status = ranvier::spike_rms_norm_panels(norm_of(x, stride, dtype, weight, K, eps, weighting, y), l.format,
+                                                    at<std::uint8_t>(static_cast<Address>(l.mask)), M, at<void>(encoding));
+          }
+          raise_on(status, "spike_rms_norm");
+        });
+  m.def("spike_silu_mul", [](Address gate, Address up, std::int64_t dtype, std::int64_t K, Address y, const py::bytes& format,
+                             Address mask, std::int64_t M, Address codes, Address scale, Address sums, Address zero) {
+    const auto f = unpack<SpikeFormat>(format);
+    const ranvier::SiluMul gated{at<void>(gate), at<void>(up), static_cast<DType>(dtype), K, at<void>(y)};
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = ranvier::spike_silu_mul(gated, f, at<std::uint8_t>(mask), M, at<std::int8_t>(codes), at<float>(scale),
+                                       at<std::int32_t>(sums), at<std::int32_t>(zero));
+    }
+    raise_on(status, "spike_silu_mul");
+  });
+  m.def("spike_gated_mlp", [](const py::bytes& gate, const py::bytes& up, const py::bytes& down, Address x, Address encoding,
+                              std::int64_t dtype, std::int64_t M, Address hidden, Address y) {
+    const ranvier::SpikeMlp mlp{unpack<SpikeLayer>(gate),
+                                unpack<SpikeLayer>(up),
+                                unpack<SpikeLayer>(down),
+                                at<void>(x),
+                                at<void>(encoding),
+                                at<void>(hidden),
+                                at<void>(y),
+                                static_cast<DType>(dtype)};
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = ranvier::spike_gated_mlp(mlp, M);
+    }
+    raise_on(status, "spike_gated_mlp");
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -191,4 +272,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_spike(m);
   bind_weight_only(m);
   bind_hadamard(m);
+  bind_spike_neighbours(m);
 }

@@ -105,6 +105,7 @@ def encodings(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict, int | None]:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     channels, tokens = draw(st.sampled_from(CHANNELS)), draw(st.integers(0, 9))
     dtype, rule = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(RULES))
+    rule = {**rule, "act_clip": draw(st.sampled_from((1.0, 0.9, 0.3)))}
     mask = random_mask(channels, draw(st.sampled_from((0.0, 0.1, 0.5, 1.0))), generator)
     x = random_tokens(tokens, channels, dtype, generator)
     if draw(st.booleans()):

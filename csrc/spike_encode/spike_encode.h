@@ -20,6 +20,8 @@ struct SpikeFormat {
   std::int64_t steps;     // T
   std::int64_t separate;  // salient channels take a symmetric 8-bit range of their own
   std::int64_t compat;    // raw unsigned codes and the released quantizer's range
+  float act_clip = 1.0f;  // share of a range that codes span, above 0 to 1; values beyond it saturate
+  std::int32_t padding = 0;
 
   RANVIER_INLINE std::int64_t range_length(std::int64_t r) const { return ranges == 1 ? K : (r == 0 ? low : K - low); }
   RANVIER_INLINE std::int64_t groups(std::int64_t r) const { return group == 0 ? 1 : (range_length(r) + group - 1) / group; }

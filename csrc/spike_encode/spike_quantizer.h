@@ -40,7 +40,9 @@ struct TokenQuantizers {
   return {step, zero, 0.0f, ceiling, centred ? zero : 0.0f, gain};
 }
 
-[[maybe_unused]] inline TokenQuantizers token_quantizers(const SpikeFormat& f, const TokenExtremes& e) {
+[[maybe_unused]] inline TokenQuantizers token_quantizers(const SpikeFormat& f, const TokenExtremes& whole) {
+  const float clip = f.act_clip;
+  const TokenExtremes e{whole.low_min * clip, whole.low_max * clip, whole.salient_max * clip, whole.finite};
   TokenQuantizers q{};
   const float levels = static_cast<float>(f.level_count()), steps = static_cast<float>(f.steps);
   const float span = e.low_max - e.low_min;

@@ -38,15 +38,14 @@ Encoding encoding_at(const SpikeFormat& f, std::int64_t M, void* base) {
 
 Status check_format(const SpikeFormat& f) {
   const bool ok = f.K > 0 && f.low >= 0 && f.low <= f.K && (f.ranges == 1 || (f.ranges == 2 && f.low > 0 && f.low < f.K)) &&
-                  f.group >= 0 && f.group % 4 == 0 && f.act_bits >= 1 && f.act_bits <= 8 && f.steps >= 1 &&
-                  f.code_bound(0) <= 127 && f.code_bound(f.ranges - 1) <= 127;
+                  f.group >= 0 && f.group % 4 == 0 && f.act_bits >= 1 && f.act_bits <= 8 && f.steps >= 1 && f.act_clip > 0.0f &&
+                  f.act_clip <= 1.0f && f.code_bound(0) <= 127 && f.code_bound(f.ranges - 1) <= 127;
   return ok ? Status::ok : Status::bad_shape;
 }
 
 // The kernels place a token's codes by its mask: one that marks other than K - low channels would lead them out of the row.
-Status check_tokens(const SpikeFormat& f, const std::uint8_t* mask, const void* x, std::int64_t M) {
+Status check_tokens(const SpikeFormat& f, const std::uint8_t* mask) {
   if (const Status s = check_format(f); s != Status::ok) return s;
-  if (M > 0 && x == nullptr) return Status::null_pointer;
   if (f.ranges == 1) return Status::ok;
   if (mask == nullptr) return Status::null_pointer;
   std::int64_t marked = 0;
@@ -75,23 +74,40 @@ SpikeLinearBlock kernel_of(const SpikeLayer& layer) {
   return layer.weight_bits == 2 && is_ternary_format(layer.format) ? ternary_linear_block() : nullptr;
 }
 
-Status run(const SpikeProduct& p, SpikeLinearBlock kernel) {
-  if (kernel == nullptr) return Status::bad_shape;
+Status check_product(const SpikeProduct& p) {
   if (p.M == 0 || p.N == 0) return Status::ok;
   if (p.weight == nullptr || p.weight_scale == nullptr || p.weight_zero == nullptr || p.y == nullptr)
     return Status::null_pointer;
-  if (p.format.compat && p.weight_sum == nullptr) return Status::null_pointer;
-  const std::int64_t blocks = (p.N + kOutputBlock - 1) / kOutputBlock, tiles = p.tiles();
+  return p.format.compat && p.weight_sum == nullptr ? Status::null_pointer : Status::ok;
+}
+
+// Products of the same tokens, one after the other in one sequence of tasks.
+Status run(const SpikeProduct* products, const SpikeLinearBlock* kernels, std::int64_t count) {
+  std::int64_t blocks = 0, outputs = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (kernels[i] == nullptr) return Status::bad_shape;
+    if (const Status s = check_product(products[i]); s != Status::ok) return s;
+    blocks += (products[i].N + kOutputBlock - 1) / kOutputBlock;
+    outputs += products[i].N;
+  }
+  const SpikeProduct& shape = products[0];
+  if (shape.M == 0 || outputs == 0) return Status::ok;
+  const std::int64_t tiles = shape.tiles();
   // Few outputs: share the tokens too, so that every thread finds several tasks.
   const std::int64_t wanted = 8 * num_threads(), most = tiles < 1 ? 1 : tiles;
   std::int64_t parts = blocks >= wanted ? 1 : (wanted + blocks - 1) / blocks;
   parts = parts < most ? parts : most;
-  parallel_tasks(blocks * parts, p.M * p.N * p.format.K < kSerialProducts, [&](std::int64_t task) {
-    const std::int64_t block = task / parts, part = task % parts;
-    kernel(p, block, part * tiles / parts, (part + 1) * tiles / parts);
+  parallel_tasks(blocks * parts, shape.M * outputs * shape.format.K < kSerialProducts, [&](std::int64_t task) {
+    std::int64_t block = task / parts;
+    const std::int64_t part = task % parts;
+    std::int64_t i = 0;
+    for (std::int64_t own; block >= (own = (products[i].N + kOutputBlock - 1) / kOutputBlock); ++i) block -= own;
+    kernels[i](products[i], block, part * tiles / parts, (part + 1) * tiles / parts);
   });
   return Status::ok;
 }
+
+Status run_one(const SpikeProduct& p, SpikeLinearBlock kernel) { return run(&p, &kernel, 1); }
 
 void clear_padding(const SpikeFormat& f, std::int8_t* row) {
   for (std::int64_t r = 0, at = 0; r < f.ranges; ++r) {
@@ -138,6 +154,17 @@ const char* offset(const void* base, std::int64_t elements, DType dtype) {
   return static_cast<const char*>(base) + elements * (dtype == DType::float32 ? 4 : 2);
 }
 
+struct PlainRows {
+  const void* x;
+  std::int64_t stride;
+  DType dtype;
+};
+
+const void* plain_row(const void* context, std::int64_t m) {
+  const auto& rows = *static_cast<const PlainRows*>(context);
+  return offset(rows.x, m * rows.stride, rows.dtype);
+}
+
 }  // namespace
 
 SpikeLinearBlock spike_linear_block() {
@@ -151,11 +178,18 @@ SpikeLinearBlock spike_linear_block() {
 
 Status spike_encode(const SpikeFormat& f, const std::uint8_t* mask, const void* x, std::int64_t x_stride, DType dtype,
                     std::int64_t M, std::int8_t* codes, float* scale, std::int32_t* sums, std::int32_t* zero) {
-  if (const Status s = check_tokens(f, mask, x, M); s != Status::ok) return s;
+  if (M > 0 && x == nullptr) return Status::null_pointer;
+  const PlainRows rows{x, x_stride, dtype};
+  return spike_encode(f, mask, SpikeSource{plain_row, &rows, dtype}, M, codes, scale, sums, zero);
+}
+
+Status spike_encode(const SpikeFormat& f, const std::uint8_t* mask, const SpikeSource& source, std::int64_t M,
+                    std::int8_t* codes, float* scale, std::int32_t* sums, std::int32_t* zero) {
+  if (const Status s = check_tokens(f, mask); s != Status::ok) return s;
   const SpikeEncodeRow encode = spike_encode_row();
   const std::int64_t groups = f.group_count();
   parallel_tasks(M, M * f.K < kSerialChannels, [&](std::int64_t m) {
-    encode(f, SpikeRow{offset(x, m * x_stride, dtype), dtype, mask, codes + m * f.K, f.low, scale + m * f.ranges,
+    encode(f, SpikeRow{source.row(source.context, m), source.dtype, mask, codes + m * f.K, f.low, scale + m * f.ranges,
                        sums + m * groups, zero == nullptr ? nullptr : zero + m * f.ranges});
   });
   return Status::ok;
@@ -175,19 +209,26 @@ Status spike_linear(const SpikeLayer& layer, const std::int8_t* codes, const flo
     std::memcpy(row, from, static_cast<std::size_t>(f.range_length(0)));
     if (f.ranges == 2) std::memcpy(row + 4 * f.blocks(0), from + f.low, static_cast<std::size_t>(f.K - f.low));
   });
-  return filled == Status::ok ? run(product(layer, M, e, y, y_dtype), kernel_of(layer)) : filled;
+  return filled == Status::ok ? run_one(product(layer, M, e, y, y_dtype), kernel_of(layer)) : filled;
 }
 
 std::int64_t spike_encoding_bytes(const SpikeFormat& f, std::int64_t M) { return encoding_at(f, M, nullptr).bytes; }
 
 Status spike_encode_panels(const SpikeFormat& f, const std::uint8_t* mask, const void* x, std::int64_t x_stride, DType dtype,
                            std::int64_t M, void* encoding) {
-  if (const Status s = check_tokens(f, mask, x, M); s != Status::ok) return s;
+  if (M > 0 && x == nullptr) return Status::null_pointer;
+  const PlainRows rows{x, x_stride, dtype};
+  return spike_encode_panels(f, mask, SpikeSource{plain_row, &rows, dtype}, M, encoding);
+}
+
+Status spike_encode_panels(const SpikeFormat& f, const std::uint8_t* mask, const SpikeSource& source, std::int64_t M,
+                           void* encoding) {
+  if (const Status s = check_tokens(f, mask); s != Status::ok) return s;
   const Encoding e = encoding_at(f, M, encoding);
   const SpikeEncodeRow encode = spike_encode_row();
   const std::int64_t groups = f.group_count();
   return fill_panels(f, M, e.panels, [&](std::int64_t m, std::int8_t* row) {
-    encode(f, SpikeRow{offset(x, m * x_stride, dtype), dtype, mask, row, 4 * f.blocks(0), e.scale + m * f.ranges,
+    encode(f, SpikeRow{source.row(source.context, m), source.dtype, mask, row, 4 * f.blocks(0), e.scale + m * f.ranges,
                        e.sums + m * groups, e.zero == nullptr ? nullptr : e.zero + m * f.ranges});
   });
 }
@@ -195,7 +236,17 @@ Status spike_encode_panels(const SpikeFormat& f, const std::uint8_t* mask, const
 Status spike_linear_panels(const SpikeLayer& layer, const void* encoding, std::int64_t M, void* y, DType y_dtype) {
   if (const Status s = check_format(layer.format); s != Status::ok) return s;
   const Encoding e = encoding_at(layer.format, M, const_cast<void*>(encoding));
-  return run(product(layer, M, e, y, y_dtype), kernel_of(layer));
+  return run_one(product(layer, M, e, y, y_dtype), kernel_of(layer));
+}
+
+Status spike_linear_pair(const SpikeLayer& first, const SpikeLayer& second, const void* encoding, std::int64_t M, void* y_first,
+                         void* y_second, DType y_dtype) {
+  if (std::memcmp(&first.format, &second.format, sizeof(SpikeFormat)) != 0) return Status::bad_shape;
+  if (const Status s = check_format(first.format); s != Status::ok) return s;
+  const Encoding e = encoding_at(first.format, M, const_cast<void*>(encoding));
+  const SpikeProduct products[2] = {product(first, M, e, y_first, y_dtype), product(second, M, e, y_second, y_dtype)};
+  const SpikeLinearBlock kernels[2] = {kernel_of(first), kernel_of(second)};
+  return run(products, kernels, 2);
 }
 
 Status spike_linear_dynamic(const SpikeLayer& layer, const void* x, std::int64_t x_stride, DType dtype, std::int64_t M, void* y,

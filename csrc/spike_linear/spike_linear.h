@@ -67,9 +67,19 @@ void spike_linear_block_avx2(const SpikeProduct&, std::int64_t block, std::int64
 void spike_linear_block_avx512vnni(const SpikeProduct&, std::int64_t block, std::int64_t first, std::int64_t last);
 }
 
+// Rows that are made where they are encoded: row(context, m) writes token m or finds it, and returns where its K values are.
+// Called once a token, from any thread.
+struct SpikeSource {
+  const void* (*row)(const void* context, std::int64_t m);
+  const void* context;
+  DType dtype;
+};
+
 // Row-major codes [M, K] for callers that look at them: codes, scale [M, ranges], sums [M, groups], zero [M, ranges].
 Status spike_encode(const SpikeFormat&, const std::uint8_t* mask, const void* x, std::int64_t x_stride, DType dtype,
                     std::int64_t M, std::int8_t* codes, float* scale, std::int32_t* sums, std::int32_t* zero);
+Status spike_encode(const SpikeFormat&, const std::uint8_t* mask, const SpikeSource&, std::int64_t M, std::int8_t* codes,
+                    float* scale, std::int32_t* sums, std::int32_t* zero);
 // The product of row-major codes.
 Status spike_linear(const SpikeLayer&, const std::int8_t* codes, const float* scale, const std::int32_t* sums,
                     const std::int32_t* zero, std::int64_t M, void* y, DType y_dtype);
@@ -78,7 +88,11 @@ Status spike_linear(const SpikeLayer&, const std::int8_t* codes, const float* sc
 std::int64_t spike_encoding_bytes(const SpikeFormat&, std::int64_t M);
 Status spike_encode_panels(const SpikeFormat&, const std::uint8_t* mask, const void* x, std::int64_t x_stride, DType dtype,
                            std::int64_t M, void* encoding);
+Status spike_encode_panels(const SpikeFormat&, const std::uint8_t* mask, const SpikeSource&, std::int64_t M, void* encoding);
 Status spike_linear_panels(const SpikeLayer&, const void* encoding, std::int64_t M, void* y, DType y_dtype);
+// Two layers that read one encoding, their work shared among the threads as one.
+Status spike_linear_pair(const SpikeLayer& first, const SpikeLayer& second, const void* encoding, std::int64_t M, void* y_first,
+                         void* y_second, DType y_dtype);
 // Both in one call, the encoding in memory of the calling thread.
 Status spike_linear_dynamic(const SpikeLayer&, const void* x, std::int64_t x_stride, DType dtype, std::int64_t M, void* y,
                             DType y_dtype);

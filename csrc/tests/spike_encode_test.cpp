@@ -40,6 +40,10 @@ std::vector<SpikeFormat> formats(std::int64_t K, std::int64_t salient) {
     found.push_back({K, low, two, group, 8, 1, 1, 0});
     found.push_back({K, low, 1, group, 8, 1, 0, 0});
   }
+  for (std::size_t i = 0, count = found.size(); i < count; ++i) {
+    found.push_back(found[i]);
+    found.back().act_clip = i % 2 ? 0.9f : 1e-30f;
+  }
   return found;
 }
 
@@ -152,5 +156,10 @@ TEST(spike_encode_refuses_formats_that_do_not_fit) {
     SpikeFormat bad = good;
     bad.*field = wrong;
     EXPECT(run(bad) == Status::bad_shape, std::to_string(wrong));
+  }
+  for (const float clip : {0.0f, -0.5f, 1.5f, std::nanf("")}) {
+    SpikeFormat bad = good;
+    bad.act_clip = clip;
+    EXPECT(run(bad) == Status::bad_shape, std::to_string(clip));
   }
 }

@@ -15,15 +15,16 @@ from ranvier.config import SpikeConfig
 
 if TYPE_CHECKING:
     from ranvier.integrations.folder import load, save
-    from ranvier.methods.spikellm import spike_, unspike_
+    from ranvier.methods.spikellm import fuse_, spike_, unspike_
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "SpikeConfig", "load", "nn", "ops", "reference", "save", "spike_", "unspike_"]
+__all__ = ["BackendError", "SpikeConfig", "fuse_", "load", "nn", "ops", "reference", "save", "spike_", "unspike_"]
 
 check_isa_variable()
 connect_threads()
 
 _LAZY = {
+    "fuse_": "ranvier.methods.spikellm",
     "load": "ranvier.integrations.folder",
     "save": "ranvier.integrations.folder",
     "spike_": "ranvier.methods.spikellm",

@@ -29,12 +29,15 @@ def call_of(name: str) -> list:
     weight_only = SpikingLinear.from_linear(linear(), SpikeConfig(act_bits=None))
     form, weight = layer.format, layer.packed_weight
     rule = (form.act_bits, form.steps, form.span, form.grid, form.group_size)
+    codes = (layer.salient_mask, form.salient_count, *rule)
     given = _arguments(weight, layer.salient_mask, layer.bias.detach(), form, layer.out_features)
     ternary = TernaryLinear.from_linear(linear(), None, layer.salient_mask)
     ternary_rest = (ternary.salient_mask, ternary.bias.detach(), ternary.out_features, ternary.salient_count)
     return {
         "hadamard": lambda: [torch.randn(3, 48), 24, False],
         "spike_encode": lambda: [x, layer.salient_mask, form.salient_count, *rule],
+        "spike_rms_norm": lambda: [x, torch.ones(x.shape[-1]), 1e-5, "after_cast", *codes],
+        "spike_silu_mul": lambda: [x, x.clone(), *codes],
         "spike_linear": lambda: [*spike_encode(x, layer.salient_mask, **form.rule), *given, torch.float32],
         "spike_linear_dynamic": lambda: [x, *given],
         "ternary_linear": lambda: [

@@ -78,6 +78,13 @@ def samples(name: str) -> list[tuple]:
             else:
                 found += [(tokens(dtype, grad=grad), *arguments, act_bits) for act_bits in (8, 0)]
         return found
+    if name in ("spike_rms_norm", "spike_silu_mul"):
+        mask = random_mask(K, 0.3, generator(2))
+        own = (torch.rand(K), 1e-5, "one_plus") if name == "spike_rms_norm" else (torch.rand(M, K),)
+        return [
+            (tokens(dtype), *own, mask, int(mask.sum()), *rule.values(), group, 0.9)
+            for (rule, group), dtype in zip(rules, itertools.cycle(DTYPES))
+        ]
     if name == "spike_events":
         codes = torch.randint(-15, 16, (M, K), generator=generator(), dtype=torch.int32)
         columns = torch.randint(-15, 16, (K, N), generator=generator(), dtype=torch.int16)

@@ -23,7 +23,7 @@ from spiking import (
 
 import ranvier
 from ranvier.ops import spike_encode
-from ranvier.reference.spike_encode import channel_order, spike_decode
+from ranvier.reference.spike_encode import SCALE_MAX, SCALE_MIN, channel_order, quantizers, spike_decode
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -139,6 +139,37 @@ def test_error_is_half_a_step(isa: str, rule: dict, dtype: torch.dtype) -> None:
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     inside = (x > low + step) & (x < high - step)
     assert (error[inside] <= (0.5 * step + slack)[inside]).all()
+
+
+@main_rules
+def test_clipped_range(isa: str, rule: dict) -> None:
+    """act_clip: inside the ends times c the error is half a step, beyond them the code is the end's.  # spec spikellm O15"""
+    clip = 0.75
+    mask = random_mask(131, 0.2, generator(2))
+    x = random_tokens(24, 131, torch.float32, generator())
+    assert_same_codes(spike_encode(x, mask, **rule, act_clip=1.0), spike_encode(x, mask, **rule))
+    values = spike_decode(x, mask, **rule, act_clip=clip).double()
+    ordinary, fine = quantizers(x, mask, **rule, act_clip=clip)
+    whole = quantizers(x, mask, **rule)
+    bounded = (whole[0].step > SCALE_MIN / clip) & (whole[0].step < SCALE_MAX)
+    ratio = (ordinary.step / whole[0].step)[bounded]
+    assert bounded.sum() > 10 and ((ratio - clip).abs() <= 2.0**-21).all()
+    step = torch.where(mask, fine.step, ordinary.step).double()
+    top = torch.where(mask, fine.ceiling - fine.zero, ordinary.ceiling - ordinary.zero).double() * step
+    bottom = torch.where(mask, fine.floor - fine.zero, ordinary.floor - ordinary.zero).double() * step
+    slack = x.abs().double() * 2.0**-21 + 2.0**-20 * (top.abs() + bottom.abs())
+    above, below = x > top + step, x < bottom - step
+    assert above.any() and below.any()
+    assert ((values - top).abs() <= slack)[above].all() and ((values - bottom).abs() <= slack)[below].all()
+    inside = (x < top) & (x > bottom)
+    assert ((values - x).abs() <= 0.5 * step + slack)[inside].all()
+
+
+@pytest.mark.parametrize("clip", [0, 1.5, -0.5, float("nan"), True, "1", 1e-300])
+def test_clip_out_of_range(clip: object) -> None:
+    """A share that is no share is refused."""
+    with pytest.raises(ValueError, match="act_clip is"):
+        spike_encode(X, MASK, act_clip=clip)
 
 
 def test_more_steps_refine_salient_channels_only() -> None:

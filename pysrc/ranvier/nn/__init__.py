@@ -2,6 +2,16 @@
 
 from ranvier.nn.hadamard import Hadamard, HadamardLinear
 from ranvier.nn.spike_linear import SpikeGroup, SpikingLinear
+from ranvier.nn.spike_rms_norm import SpikingRMSNorm
+from ranvier.nn.spike_silu_mul import SpikingGatedMLP
 from ranvier.nn.ternary_linear import TernaryLinear
 
-__all__ = ["Hadamard", "HadamardLinear", "SpikeGroup", "SpikingLinear", "TernaryLinear"]
+__all__ = [
+    "Hadamard",
+    "HadamardLinear",
+    "SpikeGroup",
+    "SpikingGatedMLP",
+    "SpikingLinear",
+    "SpikingRMSNorm",
+    "TernaryLinear",
+]

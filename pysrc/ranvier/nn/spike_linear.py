@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +28,24 @@ from ranvier.reference.spike_encode import spike_decode
 from ranvier.reference.spike_linear import Quantized
 from ranvier.reference.weight_only_linear import digit_count
 
-FORMAT_BYTES = 64  # the part of a layer's description that its encoding depends on (csrc SpikeFormat)
+FORMAT_BYTES = 72  # the part of a layer's description that its encoding depends on (csrc SpikeFormat)
 CPU = torch.device("cpu")
 WEIGHT_BUFFERS = ("weight_packed", "weight_scale", "weight_zero", "weight_sum")
+
+
+_Reader = Callable[["SpikingLinear"], None]
+_made: dict[int, tuple[weakref.ref, _Reader]] = {}
+
+
+def when_read(x: Tensor, tell: _Reader) -> None:
+    """Calls ``tell`` with the first layer whose group encodes x, if one does while x lives: so a norm finds its readers."""
+    key = id(x)
+
+    def forget(reference: weakref.ref) -> None:
+        if key in _made and _made[key][0] is reference:
+            del _made[key]
+
+    _made[key] = (weakref.ref(x, forget), tell)
 
 
 class _Plan(NamedTuple):
@@ -47,6 +63,11 @@ class _Plan(NamedTuple):
     mask: Tensor
     bias: int
     storages: tuple
+
+
+def _key(plan: bytes, mask: Tensor, x: Tensor, address: int) -> tuple:
+    """What codes of x depend on, beside x being the same object."""
+    return plan[:FORMAT_BYTES], mask.data_ptr(), 0 if mask.is_inference() else mask._version, x._version, address
 
 
 class SpikeGroup:
@@ -71,16 +92,23 @@ class SpikeGroup:
             self.mask = known = mask
         return known
 
-    def encoding(self, plan: bytes, mask: Tensor, x: Tensor, tokens: int) -> Tensor:
-        """The codes of contiguous x as the kernels read them: one uint8 buffer."""
+    def encoding(self, plan: bytes, mask: Tensor, x: Tensor, tokens: int, reader: SpikingLinear | None = None) -> Tensor:
+        """The codes of contiguous x as the kernels read them: one uint8 buffer. reader: the layer that asks."""
         address = x.data_ptr()
-        key = (plan[:FORMAT_BYTES], mask.data_ptr(), 0 if mask.is_inference() else mask._version, x._version, address)
         last = self._last
-        if last is not None and last[0]() is x and last[1] == key:
+        if last is not None and last[0]() is x and last[1] == _key(plan, mask, x, address):
             return last[2]
         encoded = torch.empty(_C.spike_encoding_bytes(plan, tokens), dtype=torch.uint8)
         _C.spike_encode_panels(plan, address, x.shape[-1], DTYPES[x.dtype], tokens, encoded.data_ptr())
-        owner = weakref.ref(self)
+        self.keep(plan, mask, x, encoded)
+        made = _made.get(id(x))
+        if made is not None and made[0]() is x and reader is not None:
+            made[1](reader)
+        return encoded
+
+    def keep(self, plan: bytes, mask: Tensor, x: Tensor, encoded: Tensor) -> None:
+        """Hold the codes of x for the layers that will read it; the caller made them from this very content."""
+        key, owner = _key(plan, mask, x, x.data_ptr()), weakref.ref(self)
 
         def forget(reference: weakref.ref) -> None:
             group = owner()
@@ -88,7 +116,6 @@ class SpikeGroup:
                 group._last = None
 
         self._last = (weakref.ref(x, forget), key, encoded)
-        return encoded
 
 
 class SpikingLinear(nn.Module):
@@ -213,7 +240,7 @@ class SpikingLinear(nn.Module):
         c = self.config
         if c.act_bits is None:
             return digit_format(self.in_features, c.group_size)
-        rule = (c.act_bits, c.code_steps, c.span, c.grid, c.group_size or 0)
+        rule = (c.act_bits, c.code_steps, c.span, c.grid, c.group_size or 0, c.act_clip)
         return SpikeFormat(self.in_features, self.salient_count, *rule)
 
     @property
@@ -250,7 +277,7 @@ class SpikingLinear(nn.Module):
         elif group is None or x.is_inference():
             _C.spike_linear_dynamic(description, x.data_ptr(), channels, dtype, tokens, y.data_ptr(), dtype)
         else:
-            encoded = group.encoding(description, self._buffers["salient_mask"], x, tokens)
+            encoded = group.encoding(description, self._buffers["salient_mask"], x, tokens, self)
             _C.spike_linear_panels(description, encoded.data_ptr(), tokens, y.data_ptr(), dtype)
         return y
 

@@ -4,6 +4,8 @@ from ranvier.ops.hadamard import hadamard
 from ranvier.ops.spike_encode import SpikeCodes, SpikeFormat, spike_encode
 from ranvier.ops.spike_events import SpikeCounts, SpikeEvents, spike_events, spike_raster
 from ranvier.ops.spike_linear import PackedWeight, pack_weight, spike_linear, spike_linear_dynamic, unpack_weight
+from ranvier.ops.spike_rms_norm import spike_rms_norm
+from ranvier.ops.spike_silu_mul import spike_silu_mul
 from ranvier.ops.ternary_linear import (
     TernaryFormat,
     dequantize_ternary,
@@ -32,6 +34,8 @@ __all__ = [
     "spike_linear",
     "spike_linear_dynamic",
     "spike_raster",
+    "spike_rms_norm",
+    "spike_silu_mul",
     "ternary_format",
     "ternary_linear",
     "ternary_linear_dynamic",

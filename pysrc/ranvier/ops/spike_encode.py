@@ -26,7 +26,7 @@ from ranvier.reference.spike_encode import SpikeCodes
 
 SCHEMA = (
     "spike_encode(Tensor x, Tensor? salient_mask, int salient_count, int act_bits, int steps, str span, str grid,"
-    " int group_size) -> (Tensor codes, Tensor scale, Tensor code_sum, Tensor zero)"
+    " int group_size, float act_clip=1.0) -> (Tensor codes, Tensor scale, Tensor code_sum, Tensor zero)"
 )
 
 
@@ -41,6 +41,7 @@ class SpikeFormat:
     span: str
     grid: str
     group_size: int = 0
+    act_clip: float = 1.0
     weight_bits: ClassVar[int] = 4
 
     @cached_property
@@ -62,15 +63,16 @@ class SpikeFormat:
     @property
     def rule(self) -> dict:
         """The keyword arguments of the reference."""
-        return {"act_bits": self.act_bits, "steps": self.steps, "span": self.span, "grid": self.grid}
+        rule = {"act_bits": self.act_bits, "steps": self.steps, "span": self.span, "grid": self.grid}
+        return {**rule, "act_clip": self.act_clip}
 
     @cached_property
     def packed(self) -> bytes:
-        """csrc SpikeFormat: int64 fields in its order."""
+        """csrc SpikeFormat: int64 fields in its order, the last one the bits of a float32."""
         low = self.channels - self.salient_count
         flags = (int(self.span == "separate"), int(self.grid == "compat"))
         fields = (self.channels, low, len(self.lengths), self.group_size, self.act_bits, self.steps, *flags)
-        return struct.pack("8q", *fields)
+        return struct.pack("8qf4x", *fields, self.act_clip)
 
     @cached_property
     def _fault(self) -> str | None:
@@ -88,6 +90,9 @@ class SpikeFormat:
             return f"span={self.span!r}, grid={self.grid!r}; allowed are {SPANS} and {GRIDS}"
         if self.group_size < 0 or self.group_size % 4:
             return f"group_size is {self.group_size}; allowed are 0 (none) and multiples of 4"
+        clip = self.act_clip
+        if isinstance(clip, bool) or not isinstance(clip, (int, float, torch.SymFloat)) or not 2.0**-126 <= clip <= 1:
+            return f"act_clip is {clip!r}; it must be a share above 0 and up to 1"
         if self.grid == "compat" and self.act_bits == 8:
             return "grid='compat' keeps raw codes in int8; act_bits=8 does not fit, use 7 or less"
         top = self.steps * (2**self.act_bits - 1) if self.grid == "consistent" else (self.steps << self.act_bits) - 1
@@ -109,6 +114,11 @@ def format_of(channels: int, salient_count: int, *rule) -> SpikeFormat:
     return (
         _known_format(channels, salient_count, *rule) if type(channels) is int else SpikeFormat(channels, salient_count, *rule)
     )
+
+
+def clipping(act_clip: float) -> tuple:
+    """The schema's last argument where it is not the default: the compiler takes a float for something that may change."""
+    return () if act_clip == 1 else (act_clip,)
 
 
 def check(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> None:
@@ -176,6 +186,7 @@ def spike_encode(
     span: str = "shared",
     grid: str = "consistent",
     group_size: int | None = None,
+    act_clip: float = 1.0,
     salient_count: int | None = None,
     backend: str | None = None,
 ) -> SpikeCodes:
@@ -186,10 +197,12 @@ def spike_encode(
     With R = 2 (span "separate", or grid "compat" with steps > 1) codes hold the ordinary channels first, then the salient
     ones. A token with NaN or Inf gets scale NaN, so that everything made from it is NaN, and touches no other token.
 
+    act_clip: the share of a token's range that its codes span; values beyond it saturate.
     salient_count: ``salient_mask.sum()`` where the caller knows it. backend: a name is a contract, None takes the device's.
     Raises ValueError for shapes and options out of range, TypeError for dtypes, BackendError for a backend that cannot run.
     Source: SpikeLLM, arXiv 2407.04752, sections 3.1-3.2.
     """
     if salient_count is None:
         salient_count = int(salient_mask.sum()) if salient_mask is not None else 0
-    return SpikeCodes(*op(x, salient_mask, salient_count, act_bits, steps, span, grid, group_size or 0, backend=backend))
+    rule = (act_bits, steps, span, grid, group_size or 0, *clipping(act_clip))
+    return SpikeCodes(*op(x, salient_mask, salient_count, *rule, backend=backend))

@@ -18,7 +18,7 @@ from torch import Tensor
 from ranvier import _C
 from ranvier.ops._args import DTYPES, check_channels, check_device, check_float, check_is_tensor, check_tensor, plain, pointer
 from ranvier.ops._declare import declare
-from ranvier.ops.spike_encode import SpikeFormat, format_of, reference_encode
+from ranvier.ops.spike_encode import SpikeFormat, clipping, format_of, reference_encode
 from ranvier.reference import spike_linear as reference
 from ranvier.reference.spike_encode import SpikeCodes, channel_order
 from ranvier.reference.spike_linear import Quantized
@@ -256,7 +256,7 @@ def cpu_dynamic(x: Tensor, *rest) -> Tensor:
 
 def reference_dynamic(x: Tensor, *rest) -> Tensor:
     _, mask, _, form, _ = _split(rest, x.shape[-1])
-    encoded = reference_encode(x, mask, form.salient_count, *_rule(form))
+    encoded = reference_encode(x, mask, form.salient_count, *_rule(form), form.act_clip)
     return _reference_product(encoded, rest, x.dtype)
 
 
@@ -280,11 +280,11 @@ def backward(ctx, grad: Tensor) -> tuple:
         grad_x = grad @ unpack_weight(PackedWeight(packed, scale, zero, total), mask, form, out).to(grad.dtype)
     if ctx.has_bias and ctx.needs_input_grad[6]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return (grad_x, *[None] * 5, grad_bias, *[None] * 7)
+    return (grad_x, *[None] * 5, grad_bias, *[None] * 8)
 
 
 dynamic_op = declare(
-    f"spike_linear_dynamic(Tensor x, {WEIGHT}) -> Tensor",
+    f"spike_linear_dynamic(Tensor x, {WEIGHT}, float act_clip=1.0) -> Tensor",
     check=check_dynamic,
     fake=fake_dynamic,
     cpu=cpu_dynamic,
@@ -337,4 +337,4 @@ def spike_linear_dynamic(
     Differentiable in x (straight-through: dx = dy W^) and bias. Raises like :func:`spike_linear`.
     """
     check_channels("spike_linear", x, form.channels)
-    return dynamic_op(x, *_arguments(weight, salient_mask, bias, form, out_features), backend=backend)
+    return dynamic_op(x, *_arguments(weight, salient_mask, bias, form, out_features), *clipping(form.act_clip), backend=backend)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ranvier import _C
 from ranvier.ops._args import DTYPES, check_channels, check_device, check_float, check_tensor, plain
 from ranvier.ops._declare import declare
-from ranvier.ops.spike_encode import SpikeFormat, reference_encode
+from ranvier.ops.spike_encode import SpikeFormat, clipping, reference_encode
 from ranvier.ops.spike_linear import (
     OUTPUT_BLOCK,
     PackedWeight,
@@ -71,18 +71,18 @@ class TernaryFormat(SpikeFormat):
         return super()._fault
 
 
-def ternary_format(channels: int, salient_count: int, act_bits: int = 8) -> TernaryFormat:
+def ternary_format(channels: int, salient_count: int, act_bits: int = 8, act_clip: float = 1.0) -> TernaryFormat:
     """The format of a layer of K channels and activations of act_bits."""
-    return TernaryFormat(channels, salient_count, act_bits, 1, "shared", "consistent", 0)
+    return TernaryFormat(channels, salient_count, act_bits, 1, "shared", "consistent", 0, act_clip)
 
 
 _known_format = lru_cache(maxsize=4096, typed=True)(ternary_format)
 
 
-def _format_of(channels: int, salient_count: int, act_bits: int = 8) -> TernaryFormat:
+def _format_of(channels: int, salient_count: int, act_bits: int = 8, act_clip: float = 1.0) -> TernaryFormat:
     """The same, remembered with all that follows from it; not where K is a compiler's symbol."""
     make = _known_format if type(channels) is int else ternary_format
-    return make(channels, salient_count, act_bits)
+    return make(channels, salient_count, act_bits, act_clip)
 
 
 def _pack_two_bit(q: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ op = declare(
 
 def _dynamic_format(x: Tensor, rest: tuple) -> TernaryFormat:
     """act_bits 0 is weight-only, whose digits are 8-bit codes."""
-    return _format_of(x.shape[-1], rest[6], rest[7] or 8)
+    return _format_of(x.shape[-1], rest[6], rest[7] or 8, *rest[8:])
 
 
 def check_dynamic(x: Tensor, *rest) -> None:
@@ -267,7 +267,7 @@ def reference_dynamic(x: Tensor, *rest) -> Tensor:
     if rest[7] == 0:
         weight, mask, bias, out, _ = _split(rest[:7])
         return weight_only_linear(x, dequantize_ternary(weight, mask, form, out), bias).to(x.dtype)
-    encoded = reference_encode(x, None, 0, form.act_bits, form.steps, form.span, form.grid, 0)
+    encoded = reference_encode(x, None, 0, form.act_bits, form.steps, form.span, form.grid, 0, form.act_clip)
     return _reference_product(encoded.codes, encoded.scale, rest[:7], form, x.dtype)
 
 
@@ -279,18 +279,18 @@ def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
 
 def backward(ctx, grad: Tensor) -> tuple:
     packed, scale, zero, mask = ctx.saved_tensors
-    out, count, act_bits = ctx.options
+    out, count, act_bits, *_clip = ctx.options
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         form = _format_of(ctx.channels, count, act_bits or 8)
         grad_x = grad @ dequantize_ternary(PackedWeight(packed, scale, zero, None), mask, form, out).to(grad.dtype)
     if ctx.has_bias and ctx.needs_input_grad[5]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return (grad_x, *[None] * 4, grad_bias, *[None] * 3)
+    return (grad_x, *[None] * 4, grad_bias, *[None] * 4)
 
 
 dynamic_op = declare(
-    f"ternary_linear_dynamic(Tensor x, {WEIGHT}, int act_bits) -> Tensor",
+    f"ternary_linear_dynamic(Tensor x, {WEIGHT}, int act_bits, float act_clip=1.0) -> Tensor",
     check=check_dynamic,
     fake=fake_dynamic,
     cpu=cpu_dynamic,
@@ -350,4 +350,4 @@ def ternary_linear_dynamic(
     """
     check_channels("ternary_linear", x, form.channels)
     arguments = _arguments(weight, salient_mask, bias, out_features, form.salient_count)
-    return dynamic_op(x, *arguments, 0 if weight_only else form.act_bits, backend=backend)
+    return dynamic_op(x, *arguments, 0 if weight_only else form.act_bits, *clipping(form.act_clip), backend=backend)

@@ -12,8 +12,9 @@ For one token x [K], L - 1 = 2^n - 1 the top level of a step and T the steps on 
     act_bits = 8          symmetric like the salient channels of `separate`, for every channel
 
 Consistent ranges include zero: lo = min(0, min x), hi = max(0, max x), and their zero points are levels. Scales are
-clamped to [1e-5, 1e4], the zero points of compat to [-1e4, 1e4]. SpikeLLM, arXiv 2407.04752, section 3; the released
-fake quantizer for `compat`.
+clamped to [1e-5, 1e4], the zero points of compat to [-1e4, 1e4]. With act_clip = c < 1 each range's ends (lo, hi, max |x|)
+are multiplied by c before its scale is made, and values beyond them take the end's code. SpikeLLM, arXiv 2407.04752,
+section 3; the released fake quantizer for `compat`.
 """
 
 from __future__ import annotations
@@ -82,11 +83,14 @@ def extremes(x: Tensor, chosen: Tensor, include_zero: bool) -> tuple[Tensor, Ten
     return low, high
 
 
-def quantizers(x: Tensor, salient: Tensor, *, act_bits: int, steps: int, span: str, grid: str) -> tuple[Quantizer, Quantizer]:
+def quantizers(
+    x: Tensor, salient: Tensor, *, act_bits: int, steps: int, span: str, grid: str, act_clip: float = 1.0
+) -> tuple[Quantizer, Quantizer]:
     """The quantizers of a token's ordinary and of its salient channels. x [..., K], salient bool [K]."""
     top, separate, compat = 2**act_bits - 1, span == "separate", grid == "compat"
     low, high = extremes(x, ~salient if separate else torch.ones_like(salient), include_zero=not compat)
-    own = _symmetric(torch.where(salient, x.abs(), 0.0).amax(-1, keepdim=True)) if separate else None
+    low, high = low * act_clip, high * act_clip
+    own = _symmetric(torch.where(salient, x.abs(), 0.0).amax(-1, keepdim=True) * act_clip) if separate else None
     if act_bits == 8:
         ordinary = _symmetric(torch.maximum(high, -low))
         return ordinary, own or ordinary
@@ -101,7 +105,9 @@ def quantizers(x: Tensor, salient: Tensor, *, act_bits: int, steps: int, span: s
     return _asymmetric(low, steps * fine, top, True, steps), _asymmetric(low, fine, steps * top, True)
 
 
-def has_two_ranges(salient_count: int, channels: int, *, act_bits: int, steps: int, span: str, grid: str) -> bool:
+def has_two_ranges(
+    salient_count: int, channels: int, *, act_bits: int, steps: int, span: str, grid: str, act_clip: float = 1.0
+) -> bool:
     """Whether salient channels need a scale of their own."""
     mixed = 0 < salient_count < channels
     return mixed and (span == "separate" or (grid == "compat" and steps > 1))
@@ -126,16 +132,25 @@ def _working(x: Tensor) -> Tensor:
 
 
 def spike_encode(
-    x: Tensor, salient: Tensor, *, act_bits: int, steps: int, span: str, grid: str, group_size: int | None
+    x: Tensor,
+    salient: Tensor,
+    *,
+    act_bits: int,
+    steps: int,
+    span: str,
+    grid: str,
+    group_size: int | None,
+    act_clip: float = 1.0,
 ) -> SpikeCodes:
     """x [..., K] float, salient bool [K] -> :class:`SpikeCodes`. A token with NaN or Inf gets scale NaN and codes 0."""
     x = _working(x)
     count = int(salient.sum())
     finite = x.isfinite().all(-1, keepdim=True)
-    ordinary, fine = quantizers(torch.where(finite, x, 0.0), salient, act_bits=act_bits, steps=steps, span=span, grid=grid)
+    rule = {"act_bits": act_bits, "steps": steps, "span": span, "grid": grid}
+    ordinary, fine = quantizers(torch.where(finite, x, 0.0), salient, **rule, act_clip=act_clip)
     codes = torch.where(salient, fine.codes(x), ordinary.codes(x))
     codes = torch.where(finite, codes, 0.0).to(torch.int8)
-    two = has_two_ranges(count, x.shape[-1], act_bits=act_bits, steps=steps, span=span, grid=grid)
+    two = has_two_ranges(count, x.shape[-1], **rule)
     shared_scale = grid == "consistent" and span == "shared"
     used = [ordinary, fine] if two else [fine if count == x.shape[-1] or shared_scale else ordinary]
     scale = torch.where(finite, torch.cat([q.step for q in used], -1), float("nan"))
@@ -147,26 +162,29 @@ def spike_encode(
     return SpikeCodes(codes.contiguous(), scale.contiguous(), group_sums(codes, lengths, group_size), zero.contiguous())
 
 
-def spike_levels(x: Tensor, salient: Tensor, *, act_bits: int, steps: int, span: str, grid: str) -> tuple[Tensor, Tensor]:
+def spike_levels(
+    x: Tensor, salient: Tensor, *, act_bits: int, steps: int, span: str, grid: str, act_clip: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """The unsigned code u and the centred code c of every channel, int32 [..., K] each, in the order of x.
 
     u counts the spikes of the paper; c = gain (u - z) is what the merged product multiplies.
     """
     x = _working(x)
-    ordinary, fine = quantizers(x, salient, act_bits=act_bits, steps=steps, span=span, grid=grid)
+    ordinary, fine = quantizers(x, salient, act_bits=act_bits, steps=steps, span=span, grid=grid, act_clip=act_clip)
     u = torch.where(salient, fine.levels(x), ordinary.levels(x))
     c = torch.where(salient, (fine.levels(x) - fine.zero) * fine.gain, (ordinary.levels(x) - ordinary.zero) * ordinary.gain)
     return u.to(torch.int32), c.to(torch.int32)
 
 
-def spike_decode(x: Tensor, salient: Tensor, *, act_bits: int, steps: int, span: str, grid: str) -> Tensor:
+def spike_decode(
+    x: Tensor, salient: Tensor, *, act_bits: int, steps: int, span: str, grid: str, act_clip: float = 1.0
+) -> Tensor:
     """What the codes of x stand for, [..., K], with a straight-through gradient: d x^ / d x = 1."""
     value = _working(x)
     finite = value.isfinite().all(-1, keepdim=True)
     with torch.no_grad():
-        ordinary, fine = quantizers(
-            torch.where(finite, value, 0.0), salient, act_bits=act_bits, steps=steps, span=span, grid=grid
-        )
+        rule = {"act_bits": act_bits, "steps": steps, "span": span, "grid": grid, "act_clip": act_clip}
+        ordinary, fine = quantizers(torch.where(finite, value, 0.0), salient, **rule)
         decoded = torch.where(salient, fine.decode(fine.codes(value)), ordinary.decode(ordinary.codes(value)))
         decoded = torch.where(finite, decoded, float("nan"))
     return value + (decoded - value).detach() if value.requires_grad else decoded

@@ -92,13 +92,13 @@ def spikes(codes: Tensor, encoding: str, level: int) -> Tensor:
     return (magnitude + level - 1).div(level, rounding_mode="floor")
 
 
-def thresholds(salient: Tensor, *, act_bits: int, steps: int, span: str, grid: str) -> Tensor:
+def thresholds(salient: Tensor, *, act_bits: int, steps: int, span: str, grid: str, act_clip: float = 1.0) -> Tensor:
     """t_k: int64 [K]."""
     ordinary = steps if grid == "consistent" and span == "shared" and act_bits < 8 else 1
     return torch.where(salient, 1, ordinary)
 
 
-def top_code(salient_count: int, *, act_bits: int, steps: int, span: str, grid: str) -> int:
+def top_code(salient_count: int, *, act_bits: int, steps: int, span: str, grid: str, act_clip: float = 1.0) -> int:
     """The largest |u| that the layer's codes can have."""
     if act_bits == 8 or (span == "separate" and salient_count):
         return SYMMETRIC_MAX
@@ -106,7 +106,7 @@ def top_code(salient_count: int, *, act_bits: int, steps: int, span: str, grid: 
     return fine if salient_count and span == "shared" else 2**act_bits - 1
 
 
-def bits_per_channel(salient: Tensor, *, act_bits: int, steps: int, span: str, grid: str) -> Tensor:
+def bits_per_channel(salient: Tensor, *, act_bits: int, steps: int, span: str, grid: str, act_clip: float = 1.0) -> Tensor:
     """The activation bits that the papers' ACE counts, int64 [K]: n a time step, 8 in a salient range of its own."""
     fine = 8 if span == "separate" else act_bits * steps
     return torch.where(salient, fine, act_bits)

@@ -25,6 +25,7 @@ from ranvier.methods.spikellm.engine import (
     weight_error,
 )
 from ranvier.methods.spikellm.evaluate import evaluating
+from ranvier.methods.spikellm.fuse import unfuse_
 from ranvier.methods.spikellm.saliency import SaliencyObserver, salient_mask
 from ranvier.nn.spike_linear import SpikingLinear, check_convertible
 
@@ -265,13 +266,14 @@ def spike_(
 def unspike_(model: nn.Module) -> nn.Module:
     """Replace every spiking layer by an ``nn.Linear`` with its dequantized weight, in place; returns the model.
 
-    What 4 bits lost stays lost. If anything fails the model is as it was. Raises ValueError where nothing is spiking, and
-    for a model that is itself one spiking layer.
+    Modules that ``fuse_`` replaced come back too. What 4 bits lost stays lost. If anything fails the model is as it was.
+    Raises ValueError where nothing is spiking, and for a model that is itself one spiking layer.
     """
     if isinstance(model, SpikingLinear):
         raise ValueError("unspike_: the model is itself one SpikingLinear and cannot be replaced in place; use to_linear")
     layers = [module for module in model.modules() if isinstance(module, SpikingLinear)]
     if not layers:
         raise ValueError(f"unspike_: {type(model).__name__} has no spiking layer; there is nothing to undo")
-    replace_modules(model, {id(layer): layer.to_linear() for layer in tqdm(layers, desc="unspiking", leave=False)})
+    linears = {id(layer): layer.to_linear() for layer in tqdm(layers, desc="unspiking", leave=False)}
+    replace_modules(unfuse_(model), linears)
     return model

@@ -1,0 +1,67 @@
+#include "spike_rms_norm/spike_rms_norm.h"
+
+#include "core/isa.h"
+#include "core/parallel.h"
+#include "core/scratch.h"
+
+namespace ranvier {
+namespace {
+
+constexpr std::int64_t kSerialChannels = 32'768;  // below, waking a second thread costs more than it saves
+
+struct Rows {
+  const RmsNorm* norm;
+  RmsNormRow run;
+};
+
+std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// Where the float output is not wanted a token lives in memory of its thread until it is encoded.
+const void* norm_row(const void* context, std::int64_t m) {
+  const auto& [norm, run] = *static_cast<const Rows*>(context);
+  static thread_local Scratch scratch;
+  const std::int64_t bytes = norm->K * size_of(norm->dtype);
+  void* y = norm->y == nullptr ? scratch.reserve(static_cast<std::size_t>(bytes)) : static_cast<char*>(norm->y) + m * bytes;
+  run(*norm, static_cast<const char*>(norm->x) + m * norm->stride * size_of(norm->dtype), y);
+  return y;
+}
+
+Status check(const RmsNorm& n, const SpikeFormat* f, std::int64_t M) {
+  if (n.K <= 0 || (f != nullptr && f->K != n.K)) return Status::bad_shape;
+  if (M > 0 && (n.x == nullptr || n.weight == nullptr)) return Status::null_pointer;
+  return Status::ok;
+}
+
+}  // namespace
+
+RmsNormRow rms_norm_row() {
+#if defined(RANVIER_X86)
+  const Isa isa = active_isa();
+  if (isa >= Isa::avx512) return rms_norm_row_avx512;
+  if (isa >= Isa::avx2) return rms_norm_row_avx2;
+#endif
+  return rms_norm_row_scalar;
+}
+
+Status rms_norm(const RmsNorm& n, std::int64_t M) {
+  if (const Status s = check(n, nullptr, M); s != Status::ok) return s;
+  if (M > 0 && n.y == nullptr) return Status::null_pointer;
+  const Rows rows{&n, rms_norm_row()};
+  parallel_tasks(M, M * n.K < kSerialChannels, [&](std::int64_t m) { norm_row(&rows, m); });
+  return Status::ok;
+}
+
+Status spike_rms_norm(const RmsNorm& n, const SpikeFormat& f, const std::uint8_t* mask, std::int64_t M, std::int8_t* codes,
+                      float* scale, std::int32_t* sums, std::int32_t* zero) {
+  if (const Status s = check(n, &f, M); s != Status::ok) return s;
+  const Rows rows{&n, rms_norm_row()};
+  return spike_encode(f, mask, SpikeSource{norm_row, &rows, n.dtype}, M, codes, scale, sums, zero);
+}
+
+Status spike_rms_norm_panels(const RmsNorm& n, const SpikeFormat& f, const std::uint8_t* mask, std::int64_t M, void* encoding) {
+  if (const Status s = check(n, &f, M); s != Status::ok) return s;
+  const Rows rows{&n, rms_norm_row()};
+  return spike_encode_panels(f, mask, SpikeSource{norm_row, &rows, n.dtype}, M, encoding);
+}
+
+}  // namespace ranvier
