@@ -275,7 +275,7 @@ class _Stream:
         own = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
         for name, linear in own.items():
             check_convertible(f"convert_folder: {name}", linear, self.config)
-        made, tokens = converter.convert(block, index, prefix, own)
+        made, tokens = converter.convert(block, index, own)
         entries = []
         for name, layer in made.items():
             report = report_layer(name, own[name], layer)
