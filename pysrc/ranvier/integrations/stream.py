@@ -209,6 +209,7 @@ class _Stream:
         name = (values.get("architectures") or [""])[0]
         self.config, self.weights = config, weights
         self.model = build_empty(name, source, None, (source / GENERATION).is_file()).eval()
+        self.model.tie_weights()
         self.layers, self.skipped = find_linears(self.model, config.skip)
         self.path = find_blocks(self.model, self.layers)
         outside = [n for n in self.layers if self.path is None or not n.startswith(f"{self.path}.")]
