@@ -148,6 +148,7 @@ def test_dead_channels_round_to_nearest() -> None:
     dead = [0, 7, 39]
     hessian[dead] = 0
     hessian[:, dead] = 0
+    weight[:, dead] *= 0.1  # no end of a row's range, so the grid is the same without them
     grid = uniform(40)
     codes = gptq(weight, hessian, grid, dtype=torch.float64)
     for j in dead:

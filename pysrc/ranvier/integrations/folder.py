@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -75,7 +76,9 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> 
     for entry in manifest.layers:
         manifests.check_mask(entry, layers[entry.name].salient_mask, Path("save"))
     with staged(folder, MANIFEST, OWN_FILES) as stage:
-        save_file(tensors, stage / TENSORS, metadata={"format": "pt", manifests.CONTENT_KEY: manifest.digest()})
+        metadata = {"format": "pt", manifests.CONTENT_KEY: manifest.digest()}
+        save_file(tensors, stage / TENSORS, metadata=metadata)
+        _order_metadata(stage / TENSORS, metadata)
         os.chmod(stage / TENSORS, stage.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
         if _is_transformers(model):
             _write_configs(model, stage)
@@ -83,6 +86,17 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> 
             tokenizer.save_pretrained(stage)
         manifest.files = {n: manifests.file_facts(stage / n) for n in OWN_FILES[1:] if (stage / n).is_file()}
         manifest.write(stage / MANIFEST, __version__)
+
+
+def _order_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Give the header's metadata this order: safetensors writes them in any, and equal models should be equal files."""
+    with path.open("r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        written = header[: header.index(b"}") + 1]
+        ordered = b'{"__metadata__":' + json.dumps(metadata, separators=(",", ":")).encode()
+        if len(ordered) == len(written):  # another version's spelling stays as it is
+            file.seek(8)
+            file.write(ordered)
 
 
 def check_folder(folder: str | os.PathLike) -> None:

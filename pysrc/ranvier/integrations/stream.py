@@ -209,6 +209,7 @@ class _Stream:
         name = (values.get("architectures") or [""])[0]
         self.config, self.weights = config, weights
         self.model = build_empty(name, source, None, (source / GENERATION).is_file()).eval()
+        self.model.tie_weights()
         self.layers, self.skipped = find_linears(self.model, config.skip)
         self.path = find_blocks(self.model, self.layers)
         outside = [n for n in self.layers if self.path is None or not n.startswith(f"{self.path}.")]
@@ -275,7 +276,7 @@ class _Stream:
         own = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
         for name, linear in own.items():
             check_convertible(f"convert_folder: {name}", linear, self.config)
-        made, tokens = converter.convert(block, index, prefix, own)
+        made, tokens = converter.convert(block, index, own)
         entries = []
         for name, layer in made.items():
             report = report_layer(name, own[name], layer)

@@ -20,12 +20,12 @@ from ranvier.methods.spikellm.engine import (
     check_reached,
     convert_blocks,
     join,
-    layer_class,
     missing,
     weight_error,
 )
 from ranvier.methods.spikellm.evaluate import evaluating
 from ranvier.methods.spikellm.fuse import unfuse_
+from ranvier.methods.spikellm.grams import layer_class
 from ranvier.methods.spikellm.saliency import SaliencyObserver, salient_mask
 from ranvier.nn.spike_linear import SpikingLinear, check_convertible
 

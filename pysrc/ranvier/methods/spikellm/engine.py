@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ranvier.config import SpikeConfig
 from ranvier.methods.spikellm.blocks import Chain, call_model, capture, find_blocks, replace_modules
 from ranvier.methods.spikellm.gptq import quantize_gptq
-from ranvier.methods.spikellm.grams import GramObserver
+from ranvier.methods.spikellm.grams import GramObserver, layer_class
 from ranvier.methods.spikellm.saliency import SaliencyObserver, salient_mask, weight_saliency
 from ranvier.nn.spike_linear import SpikeGroup, SpikingLinear
 from ranvier.reference.spike_linear import Quantized
@@ -74,7 +74,8 @@ def shared_groups(observer: SaliencyObserver) -> list[tuple[str, ...]]:
     groups = [tuple(names) for names in observer.groups()]
     grouped = {name for names in groups for name in names}
     groups += [(name,) for name in observer.readers if name not in grouped]
-    return sorted(groups, key=lambda names: observer.sequence.index(names[0]))
+    order = {name: i for i, name in enumerate(observer.sequence)}
+    return sorted(groups, key=lambda names: order.get(names[0], len(order)))
 
 
 def rounds(config: SpikeConfig) -> bool:
@@ -103,11 +104,11 @@ class BlockConverter:
 
     def __init__(
         self, block: nn.Module, layers: Mapping[str, nn.Linear], run: Callable[[], None], config: SpikeConfig,
-        prefix: str = "", sequential: bool = True,
+        sequential: bool = True,
     ) -> None:  # fmt: skip
-        """run() sends all batches through the block as it is. prefix: what the layers' names begin with outside the block."""
+        """run() sends all batches through the block as it then is. sequential: later layers see what earlier ones became."""
         self.block, self.layers, self.run, self.config = block, dict(layers), run, config
-        self.prefix, self.sequential = prefix, sequential
+        self.sequential = sequential
         self.observer = SaliencyObserver(self.layers, score=self._scores_inputs)
 
     @property
@@ -121,7 +122,8 @@ class BlockConverter:
         """
         with self.observer:
             self.run()
-        check_reached(self.observer)
+        if self._scores_inputs or not rounds(self.config):
+            check_reached(self.observer)
         groups, made = shared_groups(self.observer), {}
         if omniquant is not None:
             masks = {name: self._mask(names, None) for names in groups for name in names}
@@ -187,15 +189,6 @@ class BlockConverter:
         replace_modules(self.block, {id(self.layers[name]): layer.module for name, layer in made.items()})
 
 
-def layer_class(config: SpikeConfig) -> type[SpikingLinear]:
-    """The module for weights of this config."""
-    if config.weight_bits == 2:
-        from ranvier.nn.ternary_linear import TernaryLinear
-
-        return TernaryLinear
-    return SpikingLinear
-
-
 def quantized_layer(linear: nn.Linear, config: SpikeConfig, mask: Tensor, hessian: Tensor) -> SpikingLinear:
     """One layer by the config's pipeline, rtn or gptq, on X^^T X^ of its inputs."""
     cls = layer_class(config)
@@ -223,12 +216,10 @@ class ChainConverter:
         self.chain, self.config, self.seed = chain, config, seed
         self.floats = list(chain.hidden) if config.pipeline == "omniquant" else None
 
-    def convert(
-        self, block: nn.Module, index: int, prefix: str, layers: Mapping[str, nn.Linear]
-    ) -> tuple[dict[str, Made], int]:
+    def convert(self, block: nn.Module, index: int, layers: Mapping[str, nn.Linear]) -> tuple[dict[str, Made], int]:
         """Convert block number ``index`` in place and move the chain behind it: replacements by name, calibration tokens.
 
-        layers: the block's own linear layers by their names in the model, which begin with prefix.
+        layers: the block's own linear layers by their names in the model.
         """
         chain = self.chain
 
@@ -236,7 +227,7 @@ class ChainConverter:
             for batch in chain.batches():
                 chain.run(block, index, batch)
 
-        converter = BlockConverter(block, layers, run, self.config, prefix)
+        converter = BlockConverter(block, layers, run, self.config)
         omniquant = None
         if self.floats is not None:
             for batch in chain.batches():
@@ -315,7 +306,7 @@ def _convert_copy(
     """One block, on a copy of it: what replaces its layers, and what else of it changed, goes to ``result``."""
     work = copy.deepcopy(block)
     layers = {name: work.get_submodule(name[len(begin) :]) for name in own}
-    made, tokens = converter.convert(work, index, begin, layers)
+    made, tokens = converter.convert(work, index, layers)
     result.made.update(made)
     result.tokens = max(result.tokens, tokens)
     before = dict(block.named_parameters())

@@ -9,9 +9,18 @@ from ranvier.config import SpikeConfig
 from ranvier.nn.spike_linear import SpikingLinear
 
 
+def layer_class(config: SpikeConfig) -> type[SpikingLinear]:
+    """The module for weights of this config."""
+    if config.weight_bits == 2:
+        from ranvier.nn.ternary_linear import TernaryLinear
+
+        return TernaryLinear
+    return SpikingLinear
+
+
 def encoder(channels: int, mask: Tensor, config: SpikeConfig) -> SpikingLinear:
     """A layer of one output, for what its codes make of an input (``dequantized_input``)."""
-    layer = SpikingLinear(channels, 1, False, config, int(mask.sum()), mask.device)
+    layer = layer_class(config)(channels, 1, False, config, int(mask.sum()), mask.device)
     layer.salient_mask = mask
     return layer
 
