@@ -9,8 +9,8 @@ block's function as it is:
 Pairs are found by running the block: a norm whose output is the tensor that a group of layers reads (as w x or (1 + w) x),
 and a linear layer behind which a group's input is linear, channel by channel: v before o (with grouped queries a channel of
 a key-value head is every query head's), up before down, the two of a ReLU network. A candidate counts when the block,
-transformed by random powers of two, gives what it gave: no name of a module is trusted. Shifts (OmniQuant's delta) are not made, and
-queries are not scaled against keys: both are rows of their weights, whose scales absorb any s.
+transformed by random powers of two, gives what it gave: no name of a module is trusted. Shifts (OmniQuant's delta) are not
+made, and queries are not scaled against keys: both are rows of their weights, whose scales absorb any s.
 
 SmoothQuant, arXiv 2211.10438, section 4; OmniQuant, arXiv 2308.13137, section 3.3.
 """
@@ -28,7 +28,10 @@ AGREES = 1e-4  # relative; a wrong pair is off by a factor of up to four, a righ
 
 
 class Pair(NamedTuple):
-    """source: a module of the block; offset 1 where a norm multiplies by 1 + w. index int64 [K]: the readers' channels' source."""
+    """source: a module of the block with that many channels; offset 1 where a norm multiplies by 1 + w, else 0.
+
+    readers: linear layers of the block. index int64 [K]: which of the source's channels each of the readers' is.
+    """
 
     source: str
     readers: tuple[str, ...]
@@ -53,23 +56,28 @@ def transformed(tensors: Mapping[str, Tensor], pairs: list[Pair], scales: list[T
     return changed
 
 
-def storable(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], pairs: list[Pair], scales: list[Tensor]) -> list[Tensor]:
-    """The scales nearest to these for which a norm's new weight is a number of its own dtype, so that folding loses nothing."""
-    result = []
-    for pair, s in zip(pairs, scales, strict=True):
-        weight, dtype = tensors[f"{pair.source}.weight"], dtypes[f"{pair.source}.weight"]
-        if weight.ndim == 1 and dtype != weight.dtype:
-            stored = ((weight + pair.offset) / s - pair.offset).to(dtype).to(weight.dtype) + pair.offset
-            exact = (weight + pair.offset) / stored
-            s = torch.where(exact.isfinite() & (exact > 0), exact, s)
-        result.append(s)
-    return result
+def storable(
+    tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], pairs: list[Pair], scales: list[Tensor]
+) -> list[Tensor]:
+    """The nearest scales for which a norm's new weight is a number of its own dtype, so that folding loses nothing."""
+    names = [f"{pair.source}.weight" for pair in pairs]
+    given = zip(names, pairs, scales, strict=True)
+    return [_storable(tensors[name], dtypes[name], pair.offset, s) for name, pair, s in given]
+
+
+def _storable(weight: Tensor, dtype: torch.dtype, offset: float, s: Tensor) -> Tensor:
+    if weight.ndim == 2 or dtype == weight.dtype:
+        return s
+    stored = ((weight + offset) / s - offset).to(dtype).to(weight.dtype)
+    exact = (weight + offset) / (stored + offset)
+    return torch.where(exact.isfinite() & (exact > 0), exact, s)
 
 
 def initial_scales(pair: Pair, tensors: Mapping[str, Tensor], act_max: Tensor, alpha: float) -> Tensor:
     """s = act_max^alpha / w_max^(1 - alpha) over its geometric mean, [channels]. act_max: max |x| of the readers' input [K]."""
     w_max = torch.stack([tensors[f"{name}.weight"].abs().amax(0) for name in pair.readers]).amax(0)
-    peaks = [torch.zeros(pair.channels, dtype=t.dtype, device=t.device).scatter_reduce(0, pair.index, t, "amax") for t in (act_max, w_max)]
+    none = torch.zeros(pair.channels, dtype=w_max.dtype, device=w_max.device)
+    peaks = [none.scatter_reduce(0, pair.index, peak, "amax") for peak in (act_max, w_max)]
     log = [peak.clamp(min=1e-5).log() for peak in peaks]
     s = alpha * log[0] - (1 - alpha) * log[1]
     return (s - s.mean()).exp()
@@ -91,7 +99,7 @@ class _Trace(NamedTuple):
     output: Tensor
 
 
-def _trace(block: nn.Module, linears: Mapping[str, nn.Module], norms: Mapping[str, nn.Module], run: Callable[[], Tensor]) -> _Trace:
+def _trace(linears: Mapping[str, nn.Module], norms: Mapping[str, nn.Module], run: Callable[[], Tensor]) -> _Trace:
     """One run: what every linear layer read, and what every linear layer and norm made."""
     read, made = {}, {}
 
@@ -115,7 +123,7 @@ class PairFinder:
         self, block: nn.Module, linears: Mapping[str, nn.Linear], tensors: Mapping[str, Tensor], x: Tensor,
         run: Callable[[dict[str, Tensor]], Tensor], seed: int,
     ) -> None:  # fmt: skip
-        self.block, self.linears, self.tensors, self.x, self.run = block, linears, tensors, x, run
+        self.linears, self.tensors, self.x, self.run = linears, tensors, x, run
         modules = dict(block.named_modules())
         own = {name: getattr(module, "weight", None) for name, module in modules.items() if name not in linears}
         self.norms = {name: modules[name] for name, w in own.items() if isinstance(w, Tensor) and w.ndim == 1}
@@ -124,7 +132,7 @@ class PairFinder:
         self.plain = self._trace({})
 
     def _trace(self, tensors: dict[str, Tensor]) -> _Trace:
-        return _trace(self.block, self.linears, self.norms, lambda: self.run(tensors))
+        return _trace(self.linears, self.norms, lambda: self.run(tensors))
 
     def find(self, groups: list[list[str]]) -> list[Pair]:
         """groups: layers that read one tensor. At most one pair a group and a source."""

@@ -21,6 +21,8 @@ from ranvier.ops.spike_encode import SpikeFormat
 from ranvier.reference.spike_encode import channel_order, quantizers
 from ranvier.reference.spike_linear import WEIGHT_TOP, group_index
 
+CLIP_SHARES = (0.9995, 0.97, 0.94, 0.91, 0.88, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of the range; 1 has no logit
+
 
 class Quantized(NamedTuple):
     """A weight's codes: q uint8 [N, K] in the layer's own channel order, scale float32 [N, G], zero uint8 [N, G].
@@ -110,8 +112,9 @@ def clip_shape(weight: Tensor, layout: WeightLayout) -> tuple[int, int]:
 
 
 def fake_weight(weight: Tensor, layout: WeightLayout, clip: tuple[Tensor, Tensor] | None, through: Any = rounded) -> Tensor:
-    """W^ [N, K] on the 4-bit grid of clipped range: s = (sig(g) max(0, max w) - sig(b) min(0, min w)) / 15, z = round(-sig(b) min / s).
+    """W^ [N, K] on the 4-bit grid of a clipped range that includes zero.
 
+    high = sig(g) max(0, max w), low = sig(b) min(0, min w), s = (high - low) / 15, z = round(-low / s).
     clip: (g, b), each :func:`clip_shape`; None for no clipping. through: the rounding, :data:`rounded` or a surrogate of it.
     OmniQuant, arXiv 2308.13137, section 3.2.
     """
@@ -119,6 +122,24 @@ def fake_weight(weight: Tensor, layout: WeightLayout, clip: tuple[Tensor, Tensor
     if layout.members is not None:
         scale, zero = scale[:, layout.groups], zero[:, layout.groups]
     return through(weight, scale, zero, 0, WEIGHT_TOP)
+
+
+def search_clip(weight: Tensor, layout: WeightLayout, power: Tensor) -> Tensor:
+    """The logit g = b whose clipping has the least sum_k power_k (w_k - w^_k)^2, for every row or group: :func:`clip_shape`.
+
+    power: the mean square of each channel of the layer's input, [K].
+    """
+    shape = clip_shape(weight, layout)
+    best, least = weight.new_zeros(shape), weight.new_full(shape, float("inf"))
+    for share in CLIP_SHARES:
+        logit = torch.logit(weight.new_full(shape, share))
+        error = (fake_weight(weight, layout, (logit, logit)) - weight).square() * power
+        if layout.members is None:
+            error = error.sum(1, keepdim=True)
+        else:
+            error = weight.new_zeros(shape).index_add_(1, layout.groups, error)
+        best, least = torch.where(error < least, logit, best), torch.minimum(error, least)
+    return best
 
 
 def quantized_weight(weight: Tensor, layout: WeightLayout, clip: tuple[Tensor, Tensor] | None) -> Quantized:

@@ -1,10 +1,13 @@
 """OmniQuant: weight clipping (LWC) and equivalent transform (LET) learned on a decoder block's output.
 
-    minimise mean (block(x; W^, x^) - target)^2 over clipping g, b of every weight row and log s of every transform
+    minimise over clipping g, b of every weight row and log s of every transform
+    mean over tokens m of |block(x; W^, x^)_m - target_m|^2 / |target_m|^2
 
 W^ and x^ are the values that SpikingLinear computes with (:mod:`~ranvier.methods.spikellm.fake_quant`), s the channel scales
-of :mod:`~ranvier.methods.spikellm.equivalent`. Saliency masks stay as they are: X^T X and W^T W scale inversely. OmniQuant,
-arXiv 2308.13137, section 3; its place in SpikeLLM: arXiv 2407.04752, section 4.1.
+of :mod:`~ranvier.methods.spikellm.equivalent`. A token's error counts relative to the token, as the norm that reads it divides
+by its size: in a plain mean square the one token of thousands whose values reach tens of thousands would be all there is.
+Saliency masks stay as they are: X^T X and W^T W scale inversely. OmniQuant, arXiv 2308.13137, section 3; its place in
+SpikeLLM: arXiv 2407.04752, section 4.1.
 """
 
 from __future__ import annotations
@@ -29,12 +32,13 @@ from ranvier.methods.spikellm.fake_quant import (
     fake_weight,
     quantized_weight,
     rounded,
+    search_clip,
     weight_layout,
 )
 from ranvier.nn.spike_linear import SpikingLinear
 
-CLIP_START = 4.0  # sigmoid(4) = 0.982 of the range
 JUDGES = 4  # inputs by which the starts of the transform are compared
+TOKEN_FLOOR = 1e-6  # of the mean square
 
 Clip = dict[str, tuple[Tensor, Tensor]]
 
@@ -45,7 +49,9 @@ class OmniquantOptions:
 
     epochs: passes over the inputs, one step of AdamW (no weight decay) an input. alphas: starts of the transform,
     s = act_max^alpha / w_max^(1 - alpha); every pair takes the one with the least loss, or none. let_lr, lwc_lr: rates of
-    log s and of the clipping. let, lwc: what is learned.
+    log s and of the clipping. let, lwc: what is learned. clip_start: g and b of every row, 4 in OmniQuant (0.982 of the
+    range); None searches each row, or group, for the clipping with the least error under its channels' power. per_token:
+    errors relative to each token's own size; False takes the plain mean square, as OmniQuant does.
     """
 
     epochs: int = 4
@@ -54,6 +60,8 @@ class OmniquantOptions:
     lwc_lr: float = 1e-2
     let: bool = True
     lwc: bool = True
+    clip_start: float | None = None
+    per_token: bool = True
 
 
 OPTIONS = OmniquantOptions()
@@ -67,13 +75,33 @@ class Candidate(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """What :func:`fit_block` found: losses are relative to the mean square of the targets."""
+    """What :func:`fit_block` found.
+
+    Losses of rounding to nearest, of the transform's start, of that with clipping's, and of the best point.
+    """
 
     pairs: list[Pair]
     best: Candidate
     rtn_loss: float
+    let_loss: float
     start_loss: float
     loss: float
+
+
+class _Seen:
+    """What a layer read: per channel the largest magnitude and the mean square, [K]."""
+
+    def __init__(self) -> None:
+        self.peak, self.squares, self.tokens = torch.zeros(()), torch.zeros(()), 0
+
+    def add(self, x: Tensor) -> None:
+        self.peak = torch.maximum(self.peak.to(x), x.abs().amax(0))
+        self.squares = self.squares.to(x) + x.square().sum(0)
+        self.tokens += x.shape[0]
+
+    @property
+    def power(self) -> Tensor:
+        return self.squares / self.tokens
 
 
 class SimulatedBlock:
@@ -90,7 +118,7 @@ class SimulatedBlock:
         self.block, self.through = block, through
         local = {id(module): name for name, module in block.named_modules()}
         self.names = {name: local[id(linear)] for name, linear in linears.items()}
-        parameters = dict(block.named_parameters(remove_duplicate=False))
+        parameters = dict(block.named_parameters())
         self.dtypes = {name: p.dtype for name, p in parameters.items()}
         self.dtype = torch.float64 if torch.float64 in self.dtypes.values() else torch.float32
         self.tensors = {name: p.detach().to(self.dtype) for name, p in parameters.items()}
@@ -107,7 +135,7 @@ class SimulatedBlock:
             form = SpikingLinear(linear.in_features, linear.out_features, False, rule, count, "meta").format
             self.forms[name], self.layouts[name] = None if weight_only else form, weight_layout(form, self.masks[name])
         self.quantizing = True
-        self.read_max: dict[str, Tensor] | None = None
+        self.reading: dict[str, _Seen] | None = None
         self._last: tuple | None = None
 
     @contextmanager
@@ -129,9 +157,8 @@ class SimulatedBlock:
 
     def _read(self, name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         x = args[0] if args else kwargs["input"]
-        if self.read_max is not None and x.numel():
-            peak = x.detach().abs().reshape(-1, x.shape[-1]).amax(0)
-            self.read_max[name] = torch.maximum(self.read_max[name], peak) if name in self.read_max else peak
+        if self.reading is not None and x.numel():
+            self.reading.setdefault(name, _Seen()).add(x.detach().reshape(-1, x.shape[-1]))
         form = self.forms[name]
         if not self.quantizing or form is None:
             return None
@@ -142,8 +169,8 @@ class SimulatedBlock:
         return (last[3], *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
 
     def run(self, item: tuple[Tensor, dict], tensors: Mapping[str, Tensor], quantizing: bool = True) -> Tensor:
-        """The block's output on one input with these parameters in place of its own."""
-        x, kwargs = item
+        """The block's output on one input, cast to :attr:`dtype`, with these parameters in place of its own."""
+        x, kwargs = tree_map(self.cast, item)
         self.quantizing, self._last = quantizing, None
         output = functional_call(self.block, {**self.tensors, **tensors}, (x,), kwargs)
         return output[0] if isinstance(output, tuple) else output
@@ -160,11 +187,8 @@ class SimulatedBlock:
             result[f"{name}.weight"] = fake_weight(weight, self.layouts[name], clip.get(name), self.through)
         return result
 
-    def prepared(self, item: tuple[Tensor, dict]) -> tuple[Tensor, dict]:
-        """An input in the float type that the block is simulated in."""
-        return tree_map(self.cast, item)
-
     def cast(self, value: Any) -> Any:
+        """A tensor that autograd can use, floats in :attr:`dtype`; anything else as it is."""
         if not isinstance(value, Tensor):
             return value
         value = value.detach().to(self.dtype) if value.is_floating_point() else value
@@ -174,30 +198,35 @@ class SimulatedBlock:
 class _Trainer:
     def __init__(self, block: SimulatedBlock, items: list, targets: list[Tensor], options: OmniquantOptions, seed: int) -> None:
         self.block, self.items, self.targets, self.options = block, items, targets, options
-        self.size = max(sum(float(t.square().mean()) for t in targets) / len(targets), torch.finfo(torch.float32).tiny)
+        squares = [block.cast(t).square().mean(-1, keepdim=True) for t in targets]
+        mean = max(sum(float(s.mean()) for s in squares) / len(squares), torch.finfo(torch.float32).tiny)
+        # A token of nothing must not count without bound.
+        self.sizes = [s.clamp(min=TOKEN_FLOOR * mean) if options.per_token else torch.full_like(s, mean) for s in squares]
         self.random = torch.Generator().manual_seed(seed)
         self.pairs: list[Pair] = []
         with torch.no_grad():
-            block.read_max = {}
+            block.reading = {}
             for item in items:
                 block.run(item, {}, quantizing=False)
-            self.read_max, block.read_max = block.read_max, None
+            self.seen, block.reading = block.reading, None
             if options.let:
                 finder = PairFinder(
-                    block.block, block.linears, block.tensors, items[0][0],
+                    block.block, block.linears, block.tensors, block.cast(items[0][0]),
                     lambda tensors: block.run(items[0], tensors, quantizing=False), seed,
                 )  # fmt: skip
                 self.pairs = finder.find(block.groups)
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return (output - target).square().mean() / self.size
+    def loss(self, i: int, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Of input i, with these parameters; its scale is near 1 for any block, as AdamW's epsilon wants it."""
+        output = self.block.run(self.items[i], tensors)
+        return ((output - self.block.cast(self.targets[i])).square() / self.sizes[i]).mean()
 
     @torch.no_grad()
     def evaluate(self, candidate: Candidate, count: int | None = None) -> float:
         """The mean loss over the first ``count`` inputs, or all."""
         tensors = self.block.weights(self.block.changed(self.pairs, candidate.scales), candidate.clip)
-        pieces = list(zip(self.items, self.targets, strict=True))[:count]
-        return sum(float(self.loss(self.block.run(item, tensors), target)) for item, target in pieces) / len(pieces)
+        losses = [float(self.loss(i, tensors)) for i in range(len(self.items))[:count]]
+        return sum(losses) / len(losses)
 
     def storable(self, scales: list[Tensor]) -> list[Tensor]:
         return storable(self.block.tensors, self.block.dtypes, self.pairs, scales)
@@ -211,23 +240,35 @@ class _Trainer:
         least = self.evaluate(Candidate(scales, {}), JUDGES)
         for i, pair in enumerate(self.pairs):
             for alpha in self.options.alphas:
-                first = initial_scales(pair, self.block.tensors, self.read_max[pair.readers[0]], alpha)
+                first = initial_scales(pair, self.block.tensors, self.seen[pair.readers[0]].peak, alpha)
                 tried = self.storable([*scales[:i], first, *scales[i + 1 :]])
                 loss = self.evaluate(Candidate(tried, {}), JUDGES)
                 if loss < least:
                     least, scales = loss, tried
         return scales
 
-    def train(self, scales: list[Tensor] | None, keep: Callable[[int, Candidate], None]) -> None:
+    @torch.no_grad()
+    def clipping(self, scales: list[Tensor] | None) -> Clip:
+        """Where the clipping of every layer that was reached starts."""
+        block, changed, result = self.block, self.block.changed(self.pairs, scales), {}
+        columns = {r: s[p.index] for p, s in zip(self.pairs, scales or [], strict=True) for r in p.readers}
+        for name in block.linears if self.options.lwc else ():
+            weight, layout = changed.get(f"{name}.weight", block.tensors[f"{name}.weight"]), block.layouts[name]
+            start = self.options.clip_start
+            if name not in self.seen:  # an expert that no input reached has nothing to learn from
+                continue
+            if start is None:
+                logit = search_clip(weight, layout, self.seen[name].power / columns.get(name, torch.ones(())) ** 2)
+            else:
+                logit = weight.new_full(clip_shape(weight, layout), start)
+            result[name] = (logit, logit.clone())
+        return result
+
+    def train(self, start: Candidate, keep: Callable[[int, Candidate], None]) -> None:
         """Steps of AdamW; ``keep`` sees the point that every epoch ends at."""
         options, block = self.options, self.block
-        logs = [s.log().requires_grad_() for s in scales] if scales is not None else []
-        clip: Clip = {}
-        for name in block.linears if options.lwc else ():
-            if name in self.read_max:
-                weight = block.tensors[f"{name}.weight"]
-                like = torch.full(clip_shape(weight, block.layouts[name]), CLIP_START, dtype=block.dtype, device=weight.device)
-                clip[name] = (like.requires_grad_(), like.detach().clone().requires_grad_())
+        logs = [s.log().requires_grad_() for s in start.scales or []]
+        clip = {name: tuple(t.clone().requires_grad_() for t in ends) for name, ends in start.clip.items()}
         learned = [{"params": logs, "lr": options.let_lr}] if logs else []
         learned += [{"params": [t for pair in clip.values() for t in pair], "lr": options.lwc_lr}] if clip else []
         if not learned:
@@ -236,7 +277,7 @@ class _Trainer:
         for epoch in range(options.epochs):
             for i in torch.randperm(len(self.items), generator=self.random).tolist():
                 tensors = block.weights(block.changed(self.pairs, [t.exp() for t in logs] if logs else None), clip)
-                loss = self.loss(block.run(self.items[i], tensors), self.targets[i])
+                loss = self.loss(i, tensors)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -245,14 +286,26 @@ class _Trainer:
                 keep(epoch, Candidate(now, {name: (g.detach().clone(), b.detach().clone()) for name, (g, b) in clip.items()}))
 
 
-def _check(linears: Mapping[str, nn.Linear], masks: Mapping[str, Tensor], inputs: list, targets: list, config: SpikeConfig) -> None:
+def _check(
+    block: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    masks: Mapping[str, Tensor],
+    inputs: list,
+    targets: list,
+    config: SpikeConfig,
+) -> None:
     if config.weight_bits != 4:
         raise ValueError(f"omniquant_block: weight_bits is {config.weight_bits}; learned clipping and transform take 4")
     if not linears:
         raise ValueError("omniquant_block: there is no linear layer; pass a block's own by name")
     if not inputs or len(inputs) != len(targets):
-        raise ValueError(f"omniquant_block: {len(inputs)} inputs and {len(targets)} targets; pass as many of each, at least one")
+        got = f"{len(inputs)} inputs and {len(targets)} targets"
+        raise ValueError(f"omniquant_block: {got}; pass as many of each, at least one")
+    own = {id(p) for p in block.parameters()}
     for name, linear in linears.items():
+        if id(linear.weight) not in own:
+            raise ValueError(f"omniquant_block: {name} is no layer of this block, or shares its weight; pass the block's own")
+        own.remove(id(linear.weight))
         mask = masks.get(name)
         if mask is None or mask.dtype != torch.bool or tuple(mask.shape) != (linear.in_features,):
             got = "missing" if mask is None else f"{mask.dtype} {list(mask.shape)}"
@@ -263,32 +316,36 @@ def fit_block(
     block: SimulatedBlock, inputs: list, targets: list[Tensor], seed: int, progress: Callable | None = None,
     options: OmniquantOptions | None = None,
 ) -> Fit:  # fmt: skip
-    """The best point seen: rounding to nearest, the starts of the transform, and the end of every epoch, by the loss over all inputs.
+    """The best point seen, by the loss over all inputs: rounding to nearest, the starts, and the end of every epoch.
 
     Raises ValueError where the loss of rounding to nearest is not finite.
     """
     options = options or OPTIONS
     with torch.inference_mode(False), torch.enable_grad(), block.watched():
-        trainer = _Trainer(block, [block.prepared(i) for i in inputs], [block.cast(t) for t in targets], options, seed)
+        trainer = _Trainer(block, inputs, targets, options, seed)
         best = Candidate(None, {})
         least = rtn_loss = trainer.evaluate(best)
         if not math.isfinite(rtn_loss):
             raise ValueError("omniquant_block: the block's inputs, targets or weights have NaN or Inf")
-        start = trainer.start()
-        start_loss = rtn_loss if start is None else trainer.evaluate(Candidate(start, {}))
-        if start_loss < least:
-            best, least = Candidate(start, {}), start_loss
 
-        def keep(epoch: int, candidate: Candidate) -> None:
+        def offer(candidate: Candidate) -> float:
             nonlocal best, least
             loss = trainer.evaluate(candidate)
             if loss < least:
                 best, least = candidate, loss
+            return loss
+
+        def keep(epoch: int, candidate: Candidate) -> None:
+            loss = offer(candidate)
             if progress is not None:
                 progress(epoch + 1, options.epochs, loss)
 
+        scales = trainer.start()
+        let_loss = rtn_loss if scales is None else offer(Candidate(scales, {}))
+        start = Candidate(scales, trainer.clipping(scales))
+        start_loss = offer(start) if start.clip else let_loss
         trainer.train(start, keep)
-        return Fit(trainer.pairs, best, rtn_loss, start_loss, least)
+        return Fit(trainer.pairs, best, rtn_loss, let_loss, start_loss, least)
 
 
 def omniquant_block(
@@ -312,7 +369,7 @@ def omniquant_block(
     the same seed. The block's norms, weights and biases are scaled in place at the very end; on failure it is as it was.
     Raises ValueError for what does not belong together, 2-bit weights, or values that are not finite.
     """
-    _check(linears, masks, inputs, targets, config)
+    _check(block, linears, masks, inputs, targets, config)
     simulated = SimulatedBlock(block, linears, groups, masks, config)
     fit = fit_block(simulated, inputs, targets, seed, progress)
     with torch.no_grad():
@@ -321,7 +378,7 @@ def omniquant_block(
         for name, local in simulated.names.items():
             weight = changed.get(f"{local}.weight", simulated.tensors[f"{local}.weight"])
             result[name] = quantized_weight(weight, simulated.layouts[local], fit.best.clip.get(local))
-        parameters = dict(block.named_parameters(remove_duplicate=False))
+        parameters = dict(block.named_parameters())
         for name, value in changed.items():
             parameters[name].copy_(value)
     return result
