@@ -56,7 +56,7 @@ class OmniquantOptions:
 
     epochs: int = 4
     alphas: tuple[float, ...] = (0.75, 0.5)
-    let_lr: float = 1e-3
+    let_lr: float = 5e-3
     lwc_lr: float = 1e-2
     let: bool = True
     lwc: bool = True
