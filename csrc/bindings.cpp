@@ -8,6 +8,7 @@
 #include "core/cpu_features.h"
 #include "core/isa.h"
 #include "core/parallel.h"
+#include "kv_attention/kv_attention.h"
 #include "machine/machine.h"
 #include "spike_linear/spike_linear.h"
 
@@ -144,10 +145,32 @@ void bind_spike(py::module_& m) {
   });
 }
 
+void bind_kv(py::module_& m) {
+  m.def("kv_append", [](const py::bytes& call) {
+    const auto c = unpack<ranvier::KvAppend>(call);
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = ranvier::kv_append(c);
+    }
+    raise_on(status, "kv_attention_encode");
+  });
+  m.def("kv_attention", [](const py::bytes& call, double scale) {
+    const auto c = unpack<ranvier::KvAttention>(call);
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = ranvier::kv_attention(c, static_cast<float>(scale));
+    }
+    raise_on(status, "kv_attention");
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of ranvier; call them through ranvier.ops.";
   bind_core(m);
   bind_spike(m);
+  bind_kv(m);
 }
