@@ -7,7 +7,7 @@
 namespace ranvier {
 namespace {
 
-constexpr std::int64_t kSerialChannels = 32'768;
+constexpr std::int64_t kSerialChannels = 2'048;
 constexpr bool kBoth[2] = {true, false};  // keys, values
 constexpr float kHalfMax = 65504.0f, kScaleMin = 0x1p-18f;
 

@@ -8,7 +8,7 @@ from compiled import ROOT
 from spiking import CONFIGS, spiking, tokens
 
 from ranvier.cli import main
-from ranvier.ops import spike_encode
+from ranvier.ops import KVFormat, kv_encode, spike_encode
 from ranvier.ops._declare import OPS
 from ranvier.ops._matrix import COLUMNS, markdown_matrix
 from ranvier.ops.spike_linear import _arguments
@@ -27,7 +27,13 @@ def call_of(name: str) -> list:
     form, weight = layer.format, layer.packed_weight
     rule = (form.act_bits, form.steps, form.span, form.grid, form.group_size)
     given = _arguments(weight, layer.salient_mask, layer.bias.detach(), form, layer.out_features)
+    kv_mask, keys = torch.arange(32).repeat(2, 1) < 3, torch.randn(1, 2, 5, 32)
+    cache = KVFormat(32, 3, 3).empty(1, 2, 1)
+    kv_encode(keys, keys, cache, kv_mask, kv_mask, 0)
+    row = torch.tensor([0])
     return {
+        "kv_attention": lambda: [torch.randn(1, 4, 1, 32), cache, kv_mask, kv_mask, row + 5, None, None, 3, 3, 0.2],
+        "kv_attention_encode": lambda: [keys, keys, cache, kv_mask, kv_mask, row, 3, 3],
         "spike_encode": lambda: [x, layer.salient_mask, form.salient_count, *rule],
         "spike_linear": lambda: [*spike_encode(x, layer.salient_mask, **form.rule), *given, torch.float32],
         "spike_linear_dynamic": lambda: [x, *given],

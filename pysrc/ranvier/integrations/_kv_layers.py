@@ -134,7 +134,9 @@ def spiking_cache_class() -> type:
     import_transformers()
     from transformers.cache_utils import Cache, CacheLayerMixin
 
-    layer_class = type("SpikingCacheLayer", (SpikingCacheLayer, CacheLayerMixin), {"is_initialized": SpikingCacheLayer.is_initialized})
+    layer_class = type(
+        "SpikingCacheLayer", (SpikingCacheLayer, CacheLayerMixin), {"is_initialized": SpikingCacheLayer.is_initialized}
+    )
 
     class SpikingCache(Cache):
         """One :class:`SpikingCacheLayer` a layer of the model."""

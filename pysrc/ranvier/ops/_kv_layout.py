@@ -148,7 +148,9 @@ def _placed(codes: Tensor, mask: Tensor, form: KVFormat) -> Tensor:
 
 def pack_keys(cache: Tensor, encoded: KVCodes, mask: Tensor, form: KVFormat) -> None:
     """Writes all tokens [B, H, 64 blocks, ...] into the cache."""
-    lines = _placed(encoded.codes, mask, form).unflatten(3, (4, 16)).unflatten(5, (-1, 4)).permute(0, 1, 2, 3, 5, 4, 6).flatten(5)
+    lines = (
+        _placed(encoded.codes, mask, form).unflatten(3, (4, 16)).unflatten(5, (-1, 4)).permute(0, 1, 2, 3, 5, 4, 6).flatten(5)
+    )
     _part(cache, form, "key_codes").copy_(_pack_nibbles(lines))
     bits = _part(cache, form, "key_bits")
     bits.copy_(_pack_bits(lines[..., : bits.shape[-2], :]))
@@ -158,7 +160,9 @@ def pack_keys(cache: Tensor, encoded: KVCodes, mask: Tensor, form: KVFormat) -> 
 
 def pack_values(cache: Tensor, encoded: KVCodes, mask: Tensor, form: KVFormat) -> None:
     """Writes all tokens [B, H, 64 blocks, ...] into the cache."""
-    lines = _placed(encoded.codes, mask, form).unflatten(3, (16, 4)).unflatten(5, (-1, 16)).permute(0, 1, 2, 3, 5, 6, 4).flatten(5)
+    lines = (
+        _placed(encoded.codes, mask, form).unflatten(3, (16, 4)).unflatten(5, (-1, 16)).permute(0, 1, 2, 3, 5, 6, 4).flatten(5)
+    )
     _part(cache, form, "value_codes").copy_(_pack_nibbles(lines))
     bits = _part(cache, form, "value_bits")
     bits.copy_(_pack_bits(lines[..., : bits.shape[-2], :]))

@@ -29,9 +29,7 @@ SCHEMA = (
 )
 
 
-def _check_cache(
-    op: str, x: Tensor, cache: Tensor, key_mask: Tensor, value_mask: Tensor, form: KVFormat
-) -> None:
+def _check_cache(op: str, x: Tensor, cache: Tensor, key_mask: Tensor, value_mask: Tensor, form: KVFormat) -> None:
     form.check(op)
     check_is_tensor(op, "cache", cache)
     batch = x.shape[0]
@@ -48,13 +46,17 @@ def _check_cache(
     for name, mask in (("key_mask", key_mask), ("value_mask", value_mask)):
         check_is_tensor(op, name, mask)
         if mask.dtype != torch.bool or tuple(mask.shape) != expected:
-            raise ValueError(f"{op}: {name} is {mask.dtype} {list(mask.shape)}; it must be bool {list(expected)}, [kv_heads, D]")
+            raise ValueError(
+                f"{op}: {name} is {mask.dtype} {list(mask.shape)}; it must be bool {list(expected)}, [kv_heads, D]"
+            )
 
 
 def _check_row(op: str, name: str, row: Tensor, batch: int) -> None:
     check_is_tensor(op, name, row)
     if row.dtype != torch.int64 or tuple(row.shape) != (batch,):
-        raise ValueError(f"{op}: {name} is {row.dtype} {list(row.shape)}; it must be int64 [{batch}], one entry a row of the batch")
+        raise ValueError(
+            f"{op}: {name} is {row.dtype} {list(row.shape)}; it must be int64 [{batch}], one entry a row of the batch"
+        )
 
 
 def check_encode(
@@ -65,7 +67,9 @@ def check_encode(
     check_float(op, "key", key)
     check_float(op, "value", value)
     if key.ndim != 4 or key.shape != value.shape:
-        raise ValueError(f"{op}: key is {list(key.shape)}, value {list(value.shape)}; both must be [batch, kv_heads, tokens, D]")
+        raise ValueError(
+            f"{op}: key is {list(key.shape)}, value {list(value.shape)}; both must be [batch, kv_heads, tokens, D]"
+        )
     if key.dtype != value.dtype:
         raise TypeError(f"{op}: key is {key.dtype} and value {value.dtype}; pass one type")
     _check_cache(op, key, cache, key_mask, value_mask, KVFormat(key.shape[3], key_salient, value_salient))
@@ -277,7 +281,7 @@ def kv_attention(
 
     Exactness: the CPU kernels read a query as 16-bit integers, step max|q| / 32512, and weights times a value's scale as
     16-bit integers per 64 tokens; both sums are exact. Against exact arithmetic on the cache's values a logit is off by at
-    most scale * step / 2 * sum_d |k^_d - zero| and float32 rounding.
+    most scale * step / 2 * sum_d |k^_d| and float32 rounding.
 
     Raises ValueError for shapes that do not fit and lengths beyond the cache, TypeError for dtypes, BackendError for a
     backend that cannot run.

@@ -68,7 +68,9 @@ def kv_decode_window(x: Tensor, salient: Tensor) -> Tensor:
     axis of K^T, all tokens of the window, later ones included: no cache can do that token by token.
     """
     given = _working(x)
-    return kv_decode(_codes(given, salient.unsqueeze(-2), given.amin(-2, keepdim=True), given.amax(-2, keepdim=True)), given.dtype)
+    return kv_decode(
+        _codes(given, salient.unsqueeze(-2), given.amin(-2, keepdim=True), given.amax(-2, keepdim=True)), given.dtype
+    )
 
 
 def visible(lengths: Tensor, starts: Tensor | None, queries: int, tokens: int) -> Tensor:

@@ -57,7 +57,9 @@ def kv_mask(scores: Tensor, share: float, per_head: bool = True) -> Tensor:
     the plane has room for the largest. Raises ValueError for scores that are not finite and a share outside 0 to 0.2.
     """
     if not 0 <= share <= MAX_SHARE:
-        raise ValueError(f"kv_mask: share is {share}; allowed are 0 to {MAX_SHARE}, as each salient channel stores one more bit")
+        raise ValueError(
+            f"kv_mask: share is {share}; allowed are 0 to {MAX_SHARE}, as each salient channel stores one more bit"
+        )
     if not per_head:
         return salient_mask(scores.flatten(), share).view_as(scores)
     if not bool(scores.isfinite().all()):
@@ -65,7 +67,7 @@ def kv_mask(scores: Tensor, share: float, per_head: bool = True) -> Tensor:
     count = salient_channels(scores.shape[1], share)
     chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     # Stable, so that ties are decided by the channel's place and the mask does not depend on the sort.
-    return chosen.scatter_(1, scores.argsort(1, descending=True, stable=True)[:, :count], True)
+    return chosen.scatter_(1, scores.argsort(dim=1, descending=True, stable=True)[:, :count], True)
 
 
 class KVSaliency:
