@@ -62,10 +62,9 @@ class Problem:
         moved = self.packed[0].numel()
         memory = [(t.data_ptr(), t.numel()) for t in self.packed] if name == OURS else ()
         operations = 4.0 * query.numel() * self.tokens
-        return Candidate(
-            name, lambda i: kv_attention(query, self.packed[i], self.mask, self.mask, self.length, **options), operations, moved,
-            len(self.packed), isa, self.labels(str(dtype)[6:]), memory,
-        )  # fmt: skip
+        call = lambda i: kv_attention(query, self.packed[i], self.mask, self.mask, self.length, **options)  # noqa: E731
+        labels = self.labels(str(dtype)[6:])
+        return Candidate(name, call, operations, moved, len(self.packed), isa, labels, memory)
 
     def append(self) -> Candidate:
         """One token's keys and values into the cache."""

@@ -106,7 +106,7 @@ void append_head(const KvAppend& c, std::int64_t b, std::int64_t h) {
   const KvFormat& f = c.format;
   const HeadOrder keys(f.D, reinterpret_cast<const std::uint8_t*>(c.key_mask) + h * f.D);
   const HeadOrder values(f.D, reinterpret_cast<const std::uint8_t*>(c.value_mask) + h * f.D);
-  const Rows key{c.key, c.key_stride, static_cast<DType>(c.dtype)}, value{c.value, c.value_stride, static_cast<DType>(c.dtype)};
+  const Rows key{c.key, c.key_stride, static_cast<DType>(c.key_dtype)}, value{c.value, c.value_stride, static_cast<DType>(c.value_dtype)};
   auto* head = reinterpret_cast<std::uint8_t*>(c.cache) + (b * c.kv_heads + h) * c.blocks * f.block_bytes();
   auto* steps = reinterpret_cast<float*>(c.steps);
   const std::int64_t start = reinterpret_cast<const std::int64_t*>(c.positions)[b];

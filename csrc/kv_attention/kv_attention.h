@@ -50,7 +50,7 @@ struct KvFormat {
 // Tokens to append: int64 fields in the order in which Python packs them.
 struct KvAppend {
   KvFormat format;
-  std::int64_t batch, kv_heads, tokens, blocks, dtype;
+  std::int64_t batch, kv_heads, tokens, blocks, key_dtype, value_dtype;
   std::int64_t cache;                   // uint8 [batch][kv_heads][blocks][block_bytes]
   std::int64_t key_mask, value_mask;    // uint8 [kv_heads][D], non-zero where salient
   std::int64_t key, key_stride[3];      // [batch][kv_heads][tokens][D], strides in elements, the last one 1

@@ -118,6 +118,7 @@ TEST(kv_append_and_attention_refuse_what_does_not_fit) {
                       4,
                       1,
                       0,
+                      0,
                       address(cache),
                       address(mask),
                       address(mask),

@@ -170,7 +170,7 @@ def test_misuse_is_refused() -> None:
     prepared(model)
     with pytest.raises(ValueError, match="need calibration"):
         SpikingCache.for_model(model, SpikeConfig())
-    with pytest.raises(ValueError, match="0 to 0.2"):
+    with pytest.raises(ValueError, match=r"0 to 0\.2"):
         SpikingCache.for_model(model, SpikeConfig(salient=0.5), [token_batch()])
     with pytest.raises(ValueError, match="saw no tokens"):
         SpikingCache.for_model(model, SpikeConfig(), [])

@@ -65,7 +65,7 @@ def test_masks() -> None:
 
 def test_bad_input() -> None:
     """Shares over a fifth, scores that are not finite, nothing seen."""
-    with pytest.raises(ValueError, match="0 to 0.2"):
+    with pytest.raises(ValueError, match=r"0 to 0\.2"):
         kv_mask(torch.rand(2, 8), 0.3)
     with pytest.raises(ValueError, match="NaN or Inf"):
         kv_mask(torch.full((2, 8), float("nan")), 0.1)

@@ -1,4 +1,4 @@
-"""The packed key-value cache in torch: where each code, bit, scale and zero lies. csrc/kv_attention/kv_attention.h is the contract."""
+"""The packed key-value cache in torch: where each code, bit, scale and zero lies, as csrc/kv_attention/kv_attention.h says."""
 
 from __future__ import annotations
 

@@ -70,8 +70,6 @@ def check_encode(
         raise ValueError(
             f"{op}: key is {list(key.shape)}, value {list(value.shape)}; both must be [batch, kv_heads, tokens, D]"
         )
-    if key.dtype != value.dtype:
-        raise TypeError(f"{op}: key is {key.dtype} and value {value.dtype}; pass one type")
     _check_cache(op, key, cache, key_mask, value_mask, KVFormat(key.shape[3], key_salient, value_salient))
     if cache.shape[1] != key.shape[1]:
         raise ValueError(f"{op}: key has {key.shape[1]} kv heads and the cache {cache.shape[1]}")
@@ -128,8 +126,9 @@ def cpu_encode(
     batch, kv_heads, tokens, channels = key.shape
     _C.kv_append(
         struct.pack(
-            "21q", channels, key_salient, value_salient, batch, kv_heads, tokens, cache.shape[2], DTYPES[key.dtype],
-            cache.data_ptr(), key_mask.data_ptr(), value_mask.data_ptr(), key.data_ptr(), *key.stride()[:3],
+            "22q", channels, key_salient, value_salient, batch, kv_heads, tokens, cache.shape[2], DTYPES[key.dtype],
+            DTYPES[value.dtype], cache.data_ptr(), key_mask.data_ptr(), value_mask.data_ptr(), key.data_ptr(),
+            *key.stride()[:3],
             value.data_ptr(), *value.stride()[:3], positions.data_ptr(), steps.data_ptr(),
         )
     )  # fmt: skip
@@ -143,7 +142,7 @@ def reference_encode(
     form = KVFormat(key.shape[3], key_salient, value_salient)
     steps = []
     at = positions[:, None] + torch.arange(key.shape[2], device=key.device)
-    if key.numel() and not (0 <= int(at.min()) and int(at.max()) < BLOCK * cache.shape[2]):
+    if key.numel() and (int(at.min()) < 0 or int(at.max()) >= BLOCK * cache.shape[2]):
         raise ValueError("kv_attention_encode: positions leave the cache; make it larger")
     for x, mask, unpack, pack in ((key, key_mask, unpack_keys, pack_keys), (value, value_mask, unpack_values, pack_values)):
         if int(mask.sum(-1).max()) > (key_salient if x is key else value_salient):

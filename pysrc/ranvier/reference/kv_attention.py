@@ -1,4 +1,4 @@
-"""kv_attention: keys and values of a decoder as spike counts of 4 bits, one bit more on salient channels, and attention on them.
+"""kv_attention: keys and values of a decoder as 4-bit spike counts, 5-bit on salient channels, and attention on them.
 
 For one token and kv head, x [D] a key after RoPE or a value, S the salient channels of the head:
 
