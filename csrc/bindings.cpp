@@ -9,6 +9,7 @@
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "hadamard/hadamard.h"
+#include "kv_attention/kv_attention.h"
 #include "machine/machine.h"
 #include "spike_linear/spike_linear.h"
 #include "spike_rms_norm/spike_rms_norm.h"
@@ -264,6 +265,27 @@ void bind_spike_neighbours(py::module_& m) {
   });
 }
 
+void bind_kv(py::module_& m) {
+  m.def("kv_append", [](const py::bytes& call) {
+    const auto c = unpack<ranvier::KvAppend>(call);
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = ranvier::kv_append(c);
+    }
+    raise_on(status, "kv_attention_encode");
+  });
+  m.def("kv_attention", [](const py::bytes& call, double scale) {
+    const auto c = unpack<ranvier::KvAttention>(call);
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = ranvier::kv_attention(c, static_cast<float>(scale));
+    }
+    raise_on(status, "kv_attention");
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -273,4 +295,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_weight_only(m);
   bind_hadamard(m);
   bind_spike_neighbours(m);
+  bind_kv(m);
 }

@@ -10,7 +10,7 @@ from spiking import CONFIGS, linear, spiking, tokens
 from ranvier import SpikeConfig
 from ranvier.cli import main
 from ranvier.nn import SpikingLinear, TernaryLinear
-from ranvier.ops import spike_encode
+from ranvier.ops import KVFormat, kv_encode, spike_encode
 from ranvier.ops._declare import OPS
 from ranvier.ops._matrix import COLUMNS, markdown_matrix
 from ranvier.ops.spike_linear import _arguments
@@ -31,10 +31,16 @@ def call_of(name: str) -> list:
     rule = (form.act_bits, form.steps, form.span, form.grid, form.group_size)
     codes = (layer.salient_mask, form.salient_count, *rule)
     given = _arguments(weight, layer.salient_mask, layer.bias.detach(), form, layer.out_features)
+    kv_mask, keys = torch.arange(32).repeat(2, 1) < 3, torch.randn(1, 2, 5, 32)
+    cache = KVFormat(32, 3, 3).empty(1, 2, 1)
+    kv_encode(keys, keys, cache, kv_mask, kv_mask, 0)
+    row = torch.tensor([0])
     ternary = TernaryLinear.from_linear(linear(), None, layer.salient_mask)
     ternary_rest = (ternary.salient_mask, ternary.bias.detach(), ternary.out_features, ternary.salient_count)
     return {
         "hadamard": lambda: [torch.randn(3, 48), 24, False],
+        "kv_attention": lambda: [torch.randn(1, 4, 1, 32), cache, kv_mask, kv_mask, row + 5, None, None, 3, 3, 0.2],
+        "kv_attention_encode": lambda: [keys, keys, cache, kv_mask, kv_mask, row, 3, 3],
         "spike_encode": lambda: [x, layer.salient_mask, form.salient_count, *rule],
         "spike_rms_norm": lambda: [x, torch.ones(x.shape[-1]), 1e-5, "after_cast", *codes],
         "spike_silu_mul": lambda: [x, x.clone(), *codes],

@@ -13,7 +13,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import ranvier
-from ranvier.ops import digit_format, pack_weight, spike_encode, spike_linear, spike_linear_dynamic, unpack_weight
+from ranvier.ops import (
+    KVFormat,
+    digit_format,
+    kv_encode,
+    pack_weight,
+    spike_encode,
+    spike_linear,
+    spike_linear_dynamic,
+    unpack_weight,
+)
 from ranvier.ops._declare import OPS, needs_dispatcher
 from ranvier.reference.spike_encode import spike_decode
 
@@ -105,7 +114,24 @@ def samples(name: str) -> list[tuple]:
             )
             for shape, dtype, grad in zip(shapes, DTYPES, (True, False, False), strict=True)
         ]
+    if name.startswith("kv_attention"):
+        return kv_samples(name)
     raise NotImplementedError(f"no samples for the op {name}: add them, so that opcheck sees it")
+
+
+def kv_samples(name: str) -> list[tuple]:
+    """Tokens that already lie in the cache, so that appending them again changes nothing."""
+    found = []
+    for dtype in DTYPES:
+        keys = torch.randn(2, 2, 5, K, generator=generator(6)).to(dtype)
+        chosen, cache, at = torch.arange(K).repeat(2, 1) < 3, KVFormat(K, 3, 3).empty(2, 2, 1), torch.tensor([0, 7])
+        kv_encode(keys, keys, cache, chosen, chosen, at)
+        if name == "kv_attention_encode":
+            found.append((keys, keys, cache, chosen, chosen, at, 3, 3))
+        else:
+            query, mask = torch.randn(2, 4, 3, K, generator=generator(7)).to(dtype), torch.randn(2, 1, 3, 12)
+            found += [(query, cache, chosen, chosen, at + 5, s, m, 3, 3, 0.2) for s, m in ((None, None), (at, mask))]
+    return found
 
 
 def as_tuple(result: Tensor | tuple) -> tuple:

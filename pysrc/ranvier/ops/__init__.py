@@ -1,6 +1,8 @@
 """Functional calls of the compiled kernels, each also a torch op in the ``ranvier::`` namespace."""
 
+from ranvier.ops._kv_layout import KVFormat
 from ranvier.ops.hadamard import hadamard
+from ranvier.ops.kv_attention import kv_attention, kv_decode, kv_encode
 from ranvier.ops.spike_encode import SpikeCodes, SpikeFormat, spike_encode
 from ranvier.ops.spike_events import SpikeCounts, SpikeEvents, spike_events, spike_raster
 from ranvier.ops.spike_linear import PackedWeight, pack_weight, spike_linear, spike_linear_dynamic, unpack_weight
@@ -18,6 +20,7 @@ from ranvier.ops.ternary_linear import (
 from ranvier.ops.weight_only_linear import digit_format, weight_only_linear
 
 __all__ = [
+    "KVFormat",
     "PackedWeight",
     "SpikeCodes",
     "SpikeCounts",
@@ -27,6 +30,9 @@ __all__ = [
     "dequantize_ternary",
     "digit_format",
     "hadamard",
+    "kv_attention",
+    "kv_decode",
+    "kv_encode",
     "pack_ternary",
     "pack_weight",
     "spike_encode",
