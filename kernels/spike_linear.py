@@ -34,10 +34,14 @@ def _dot4(w, c, acc, DOT: tl.constexpr):
 
 @triton.jit
 def _unpack(packed, STRIPS: tl.constexpr, BLOCKS: tl.constexpr):
-    """uint8 [STRIPS, 64 * BLOCKS] as it lies in memory -> int8 [32 * STRIPS, 4 * BLOCKS], outputs x channels."""
-    packed = tl.reshape(packed, (STRIPS, BLOCKS, 16, 4))
+    """uint8 [STRIPS, 64 * BLOCKS] as it lies in memory -> int8 [32 * STRIPS, 4 * BLOCKS], outputs x channels.
+
+    The low nibbles of all strips, then the high ones: so four channels of an output stay together from memory to the tensor
+    core's operand, and no byte has to change its thread after it was unpacked.
+    """
+    packed = tl.reshape(tl.permute(tl.reshape(packed, (STRIPS, BLOCKS, 16, 4)), (0, 2, 1, 3)), (16 * STRIPS, 4 * BLOCKS))
     halves = tl.join(packed & 15, packed >> 4).to(tl.int8)
-    return tl.reshape(tl.permute(halves, (0, 4, 2, 1, 3)), (32 * STRIPS, 4 * BLOCKS))
+    return tl.reshape(tl.permute(halves, (2, 0, 1)), (32 * STRIPS, 4 * BLOCKS))
 
 
 @triton.jit
@@ -51,20 +55,23 @@ def _centred(acc, sums, zeros, weight_sum, at, w_zero, COMPAT: tl.constexpr):
 
 
 @triton.jit
-def _gemv_words(codes, weight, m, rows, first, last, ROWS: tl.constexpr, TILE: tl.constexpr, ACROSS, STEP, count, DOT: tl.constexpr):
+def _gemv_words(
+    codes, weight, m, rows, first, last, across, step, count,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """Integer sums of a strip's outputs i and 16 + i: two int32 [ROWS, TILE, 16].
 
-    Row t of the tile walks over blocks first + t * ACROSS + i * STEP, i < count, those below last; weight points at the
-    strip's words, codes at words [M, rows].
+    Row t of the tile walks over blocks first + t * across + i * step, i < count, those below last; weight points at the
+    strip's words, codes at words [M, rows]. The words of STAGES - 1 steps are on their way while one is multiplied.
     """
-    i = tl.arange(0, 16)
+    lane = tl.arange(0, 16)[None, None, :]
     low = tl.zeros((ROWS, TILE, 16), dtype=tl.int32)
     high = tl.zeros((ROWS, TILE, 16), dtype=tl.int32)
-    for step in range(count):
-        block = first + tl.arange(0, TILE) * ACROSS + step * STEP
+    for i in tl.range(count, num_stages=STAGES):
+        block = (first + tl.arange(0, TILE) * across + i * step)[None, :, None]
         live = block < last
-        w = tl.load(weight + block[:, None] * 16 + i[None, :], mask=live[:, None], other=0)[None, :, :]
-        c = tl.load(codes + m[:, None] * rows + block[None, :], mask=live[None, :], other=0)[:, :, None]
+        w = tl.load(weight + block * 16 + lane, mask=live, other=0)
+        c = tl.load(codes + m[:, None, None] * rows + block, mask=live, other=0)
         c = tl.broadcast_to(c, (ROWS, TILE, 16))
         low = _dot4(tl.broadcast_to(w & 0x0F0F0F0F, (ROWS, TILE, 16)), c, low, DOT)
         high = _dot4(tl.broadcast_to((w >> 4) & 0x0F0F0F0F, (ROWS, TILE, 16)), c, high, DOT)
@@ -91,7 +98,7 @@ def spike_linear_gemv(
     codes, scale, code_sum, zero, weight, weight_scale, weight_zero, weight_sum, bias, y, partial,
     M, N, rows, low_rows, groups, low_groups, group_rows,
     ROWS: tl.constexpr, TILE: tl.constexpr, RANGES: tl.constexpr, GROUPED: tl.constexpr, COMPAT: tl.constexpr,
-    SPLITS: tl.constexpr, DOT: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """32 outputs of M <= ROWS tokens; grid (N/32, SPLITS).
 
@@ -125,7 +132,7 @@ def spike_linear_gemv(
             for g in range(split * piece, last_group, TILE):
                 last = tl.minimum(begin + last_group * group_rows, end)
                 low, high = _gemv_words(
-                    codes, weight, m, rows, begin + g * group_rows, last, ROWS, TILE, group_rows, 1, group_rows, DOT
+                    codes, weight, m, rows, begin + g * group_rows, last, group_rows, 1, group_rows, ROWS, TILE, STAGES, DOT
                 )
                 index = g + tl.arange(0, TILE)
                 live = index < last_group
@@ -142,7 +149,7 @@ def spike_linear_gemv(
             first = begin + split * piece
             last = tl.minimum(first + piece, end)
             count = tl.maximum(tl.cdiv(last - first, TILE), 0)
-            low, high = _gemv_words(codes, weight, m, rows, first, last, ROWS, TILE, 1, TILE, count, DOT)
+            low, high = _gemv_words(codes, weight, m, rows, first, last, 1, TILE, count, ROWS, TILE, STAGES, DOT)
             acc = _both_halves(tl.sum(low, axis=1), tl.sum(high, axis=1), ROWS)
             if SPLITS > 1:
                 tl.store(partial + ((split * RANGES + r) * M + m)[:, None] * N + n[None, :], acc, mask=keep)
@@ -182,6 +189,13 @@ def _gemm_sums(
     return acc
 
 
+@triton.jit
+def _store_tile(to, values, token, n, M, N):
+    """values [outputs, tokens] to row-major [M, N]."""
+    at = token.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(to + at, values, mask=(token < M)[None, :] & (n < N)[:, None])
+
+
 @triton.jit(do_not_specialize=["M"])
 def spike_linear_gemm(
     codes, scale, code_sum, zero, weight, weight_scale, weight_zero, weight_sum, bias, y, partial,
@@ -201,14 +215,13 @@ def spike_linear_gemm(
     n_tile = stripe * STRIPE + (tile % (STRIPE * m_tiles)) % wide
     m_tile = (tile % (STRIPE * m_tiles)) // wide
     token = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.arange(0, BLOCK_N)  # in the order of _unpack
+    n = n_tile * BLOCK_N + row % (BLOCK_N // 2) // 16 * 32 + row // (BLOCK_N // 2) * 16 + row % 16
     m = tl.minimum(token, M - 1)
     strips = tl.cdiv(N, 32)
     strip = tl.minimum(n_tile * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32), strips - 1).to(tl.int64)
     at_strip, at_token = strip * rows * 64, m.to(tl.int64) * rows * 4
     table = tl.minimum(n // 32, strips - 1) * groups * 32 + n % 32
-    out_at = m.to(tl.int64)[None, :] * N + n[:, None]
-    keep = (token < M)[None, :] & (n < N)[:, None]
     out = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for r in tl.static_range(RANGES):
         begin = 0 if r == 0 else low_rows
@@ -230,14 +243,14 @@ def spike_linear_gemm(
                 v = _centred(acc, sums, zeros[None, :], weight_sum, at, w_zero, COMPAT)
                 t = tl.fma(tl.load(weight_scale + at) + tl.zeros_like(v), v, t)
             if SPLITS > 1:
-                tl.store(partial + (split * RANGES + r) * (M.to(tl.int64) * N) + out_at, t, mask=keep)
+                _store_tile(partial + (split * RANGES + r) * (M.to(tl.int64) * N), t, token, n, M, N)
         else:
             piece = tl.cdiv(tl.cdiv(end - begin, BLOCK), SPLITS) * BLOCK
             first = begin + split * piece
             last = tl.minimum(first + piece, end)
             acc = _gemm_sums(codes, weight, at_strip, at_token, first, last, BLOCK_M, BLOCK_N, BLOCK, EVEN)
             if SPLITS > 1:
-                tl.store(partial + (split * RANGES + r) * (M.to(tl.int64) * N) + out_at, acc, mask=keep)
+                _store_tile(partial + (split * RANGES + r) * (M.to(tl.int64) * N), acc, token, n, M, N)
             else:
                 at = (table + r * 32)[:, None]
                 sums = tl.load(code_sum + m * groups + r)[None, :]
@@ -250,7 +263,7 @@ def spike_linear_gemm(
                     out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
             out = tl.fma(tl.load(scale + m * RANGES + r)[None, :] + tl.zeros_like(t), t, out)
     if SPLITS == 1:
-        tl.store(y + out_at, out.to(y.dtype.element_ty), mask=keep)
+        _store_tile(y, out.to(y.dtype.element_ty), token, n, M, N)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -101,7 +101,7 @@ def linear_launches(
     rows, ranges, tokens = sum(form.blocks), len(form.lengths), encoded.codes.shape[0]
     kernel = "gemv" if tokens <= 8 else "gemm"
     use, options = configuration(
-        "spike_linear", kernel, y.device, m=tokens, n=out_features, k=form.channels, group=form.group_size or 1 << 30
+        "spike_linear", kernel, y.device, m=tokens, n=out_features, k=form.channels, groups=sum(form.groups), ranges=ranges
     )
     grouped, group_rows = bool(form.group_size), form.group_size // 4
     splits = min(use.pop("splits"), _power_of_two(max(form.groups if grouped else form.blocks)))
@@ -122,7 +122,10 @@ def linear_launches(
     what = {"RANGES": ranges, "GROUPED": grouped, "COMPAT": compat, "SPLITS": splits}
     if kernel == "gemv":
         grid = (-(-out_features // OUTPUT_BLOCK), splits)
-        shape = {"ROWS": _power_of_two(tokens), "TILE": use["tile"], "DOT": dot_instruction(y.device)}
+        shape = {
+            "ROWS": _power_of_two(tokens), "TILE": use["tile"], "STAGES": options["num_stages"],
+            "DOT": dot_instruction(y.device),
+        }  # fmt: skip
         codes, weight_packed = codes.view(torch.int32), weight_packed.view(torch.int32)
     else:
         block = min(use["block"], max(8, _power_of_two(group_rows if grouped else max(form.blocks))))
