@@ -1,4 +1,4 @@
-"""spike_encode: tokens to int8 spike codes, scales and code sums; with a weight and an epsilon, RMSNorm first (spike_rms_norm).
+"""spike_encode: tokens to int8 spike codes, scales and code sums; spike_rms_norm: the same after RMSNorm, in the same launch.
 
     code = (clip(rint(x / step) + z, floor, ceiling) - centre) * gain
 
@@ -49,8 +49,16 @@ def _code(x, step, zero, floor, ceiling, centre, gain):
 def _token(x, weight, k, K, factor, NORM: tl.constexpr):
     """Channels k of the token, float32; 0 past the last."""
     v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-    if NORM:
-        v = v * factor * tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
+    if NORM is not None:
+        w = tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
+        v = v * factor
+        if NORM == "after_cast":
+            v = w * v.to(x.dtype.element_ty).to(tl.float32)
+        elif NORM == "one_plus":
+            v = v * (1.0 + w)
+        else:
+            v = v * w
+        v = v.to(x.dtype.element_ty).to(tl.float32)
     return v
 
 
@@ -92,7 +100,7 @@ def _quantizers(
     levels: tl.constexpr = 2.0**BITS - 1.0
     wide: tl.constexpr = STEPS * (2.0**BITS - 1.0)
     fine_levels: tl.constexpr = STEPS * 2.0**BITS - 1.0
-    none = low * 0.0
+    none = tl.zeros_like(low)  # low can be infinite
     own_step = _step(largest, 127.0)
     if BITS == 8:
         step = _step(tl.maximum(high, -low), 127.0)
@@ -127,21 +135,22 @@ def _root_mean_square(x, K, epsilon, BLOCK: tl.constexpr):
 
 @triton.jit
 def spike_encode(
-    x, weight, mask, codes, scale, code_sum, zero, epsilon, K, low_count, groups, code_stride, salient_at,
+    x, weight, mask, normed, codes, scale, code_sum, zero, epsilon, K, low_count, groups, code_stride, salient_at,
     BITS: tl.constexpr, STEPS: tl.constexpr, SEPARATE: tl.constexpr, COMPAT: tl.constexpr, RANGES: tl.constexpr,
     ALL_SALIENT: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Token program_id(0): x [M, K] -> codes int8 [M, code_stride], scale and zero [M, RANGES], code_sum [M, groups].
 
     Two ranges: the salient channels' codes begin at salient_at. Codes between the ranges and the row's end are filled with
-    zeros. mask: bool [K] or None; weight: of RMSNorm, None without. GROUP: channels a code sum, a power of two of one range;
+    zeros. mask: bool [K] or None. NORM: how RMSNorm's weight [K] is applied (ranvier.reference.spike_rms_norm), None without;
+    normed: [M, K] for what it gives, or None. GROUP: channels a code sum, a power of two of one range;
     0: one sum a range; -1: spike_code_sums makes them.
     """
     m = tl.program_id(0).to(tl.int64)
     x += m * K
     codes += m * code_stride
     factor = 1.0
-    if NORM:
+    if NORM is not None:
         factor = _root_mean_square(x, K, epsilon, BLOCK)
     low, high, largest, finite = _extremes(x, weight, mask, K, factor, BLOCK, SEPARATE, COMPAT, NORM)
     # Quantizers of an ordinary token in place of those of one that is not finite: it gets no codes at all.
@@ -156,6 +165,8 @@ def spike_encode(
     for begin in range(0, K, BLOCK):
         k = begin + tl.arange(0, BLOCK)
         v = _token(x, weight, k, K, factor, NORM)
+        if normed is not None:
+            tl.store(normed + m * K + k, v.to(normed.dtype.element_ty), mask=k < K)
         salient = _salient(mask, k, K)
         ordinary_code = _code(v, step, z, floor, ceiling, centre, gain)
         fine_code = _code(v, fine_step, fine_z, fine_floor, fine_ceiling, fine_centre, fine_gain)

@@ -19,32 +19,55 @@ import pytest
 import torch
 from torch import Tensor
 
+from ranvier.ops import _spike_triton, _triton
 from ranvier.ops._triton import Launch
 
 triton = pytest.importorskip("triton", reason="triton is not installed: its kernels are neither interpreted nor compiled")
+tl = pytest.importorskip("triton.language")
 
 # Bytes of shared memory that one program may have, and registers of one thread.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
 TARGETS = tuple(SHARED)
+LAUNCHING = (_spike_triton,)  # the modules that choose launches
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.uint8: "u8",
     torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.int16: "i16",
 }  # fmt: skip
 
 
+def _in_the_language() -> object:
+    """Nothing: a function among whose globals the language is."""
+    return tl
+
+
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Kernels run by the interpreter, in this process and on CPU tensors: the ops' Triton functions can be called as they are."""
+    """Kernels run by the interpreter, in this process and on CPU tensors: the ops' Triton functions can be called as they are.
+
+    Our kernels are imported anew; triton's own functions of the language, made when it was imported, are rewritten when called.
+    The language is patched here, once, and put back: a call of a function would patch it each time and for good.
+    """
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+    from triton.runtime.jit import JITFunction
+
+    def call(self: object, *args: object, **options: object) -> object:
+        function = self if isinstance(self, InterpretedFunction) else InterpretedFunction(self.fn)
+        return function.rewrite()(*args, **options)
+
     names = [f"ranvier.kernels.{p.stem}" for p in (Path(__file__).parents[1] / "kernels").glob("*.py")]
     kept = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    before = triton.knobs.runtime.interpret
+    before = triton.knobs.runtime.interpret, JITFunction.__call__, InterpretedFunction.__call__
     triton.knobs.runtime.interpret = True
+    JITFunction.__call__ = InterpretedFunction.__call__ = call
+    scopes = [_patch_lang(function) for function in (_in_the_language, triton.language.standard.sum.fn)]
     try:
         with np.errstate(all="ignore"):
             yield
     finally:
-        triton.knobs.runtime.interpret = before
+        for scope in reversed(scopes):
+            scope.restore()
+        triton.knobs.runtime.interpret, JITFunction.__call__, InterpretedFunction.__call__ = before
         for name in names:
             sys.modules.pop(name, None)
         sys.modules.update(kept)
@@ -113,3 +136,43 @@ def resources(launch: Launch, target: str, folder: Path) -> Resources:
     text = kernel.asm["amdgcn"]
     number = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "private_segment_fixed_size")}
     return Resources(number["vgpr_count"], number["private_segment_fixed_size"], kernel.metadata.shared, text)
+
+
+@contextlib.contextmanager
+def device(target: str, used: set[tuple[str, int]]) -> Iterator[None]:
+    """Launches made within take the tables of this processor; ``used`` collects which kernel's which entry they took."""
+    names, configuration = _triton.device_names, _triton.configuration
+
+    def noted(stem: str, kernel: str, device: torch.device, **sizes: int) -> tuple[dict, dict]:
+        use, options = configuration(stem, kernel, device, **sizes)
+        used.add((kernel, shipped(stem, target)[kernel].index({**use, **options})))
+        return use, options
+
+    _triton.device_names = lambda _: (target, "default")
+    for module in LAUNCHING:
+        module.configuration = noted
+    try:
+        yield
+    finally:
+        _triton.device_names = names
+        for module in LAUNCHING:
+            module.configuration = configuration
+
+
+def shipped(stem: str, target: str) -> dict[str, list[dict]]:
+    """What a launch table has for a processor: of each kernel the shapes of its entries."""
+    table = _triton.launch_table(stem)
+    kernels = {**table["default"], **table.get(target, {})}
+    return {kernel: [entry["use"] for entry in entries] for kernel, entries in kernels.items()}
+
+
+def assert_all_fit(stem: str, target: str, launches: list[Launch], used: set[tuple[str, int]], folder: Path) -> list[Resources]:
+    """Every entry of the table was used, and every launch compiles within the processor's limits, without spills."""
+    there = {(kernel, i) for kernel, uses in shipped(stem, target).items() for i in range(len(uses))}
+    assert used == there, f"no launch of this test takes {sorted(there - used)}"
+    found = []
+    for launch in launches:
+        needs = resources(launch, target, folder)
+        needs.check(target)
+        found.append(needs)
+    return found

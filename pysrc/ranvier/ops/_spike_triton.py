@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 OUTPUT_BLOCK = 32
 
 
+class Norm(NamedTuple):
+    """RMSNorm before encoding: weight [K], epsilon, how the weight is applied (ranvier.reference.spike_rms_norm), result."""
+
+    weight: Tensor
+    epsilon: float
+    weighting: str = "after_cast"
+    out: Tensor | None = None  # [..., K] like x, filled with the normalised tokens
+
+
 class Places(NamedTuple):
     """Where the codes of a token lie: its row's length and the beginning of its second range."""
 
@@ -48,10 +57,9 @@ def encode_launches(
     mask: Tensor | None,
     out: SpikeCodes,
     places: Places,
-    norm_weight: Tensor | None = None,
-    epsilon: float = 0.0,
+    norm: Norm | None = None,
 ) -> list[Launch]:
-    """What fills ``out`` with the codes of x [..., K], after RMSNorm where there is a norm_weight [K]."""
+    """What fills ``out`` with the codes of x [..., K], or of RMSNorm(x)."""
     x, tokens, group = plain(x), x.numel() // form.channels, form.group_size
     use, options = configuration("spike_encode", "spike_encode", x.device, k=form.channels, m=tokens)
     block = min(use["block"], max(16, _power_of_two(form.channels)))
@@ -60,15 +68,15 @@ def encode_launches(
     first = Launch(
         "spike_encode", "spike_encode", (tokens,),
         {
-            "x": x, "weight": None if norm_weight is None else norm_weight.contiguous(),
+            "x": x, "weight": norm and norm.weight.contiguous(), "normed": norm and norm.out,
             "mask": None if mask is None or not form.salient_count else mask.contiguous(),
             "codes": out.codes, "scale": out.scale, "code_sum": out.code_sum, "zero": out.zero,
-            "epsilon": epsilon, "K": form.channels, "low_count": form.channels - form.salient_count,
+            "epsilon": norm.epsilon if norm else 0.0, "K": form.channels, "low_count": form.channels - form.salient_count,
             "groups": sum(form.groups), "code_stride": places.stride, "salient_at": places.salient_at,
             "BITS": form.act_bits, "STEPS": form.steps, "SEPARATE": form.span == "separate",
             "COMPAT": form.grid == "compat", "RANGES": len(form.lengths),
             "ALL_SALIENT": form.salient_count == form.channels, "GROUP": (group if along else -1) if group else 0,
-            "NORM": norm_weight is not None, "BLOCK": block,
+            "NORM": norm and norm.weighting, "BLOCK": block,
         }, options,
     )  # fmt: skip
     if not group or along:
@@ -99,6 +107,8 @@ def linear_launches(
 ) -> list[Launch]:
     """What fills y [..., N] from blocked codes [M, 4 * blocks]: one kernel, or two where K is split."""
     rows, ranges, tokens = sum(form.blocks), len(form.lengths), encoded.codes.shape[0]
+    if tokens == 0:
+        return []
     kernel = "gemv" if tokens <= 8 else "gemm"
     use, options = configuration(
         "spike_linear", kernel, y.device, m=tokens, n=out_features, k=form.channels, groups=sum(form.groups), ranges=ranges
