@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ranvier.ops import _spike_triton, _triton
+from ranvier.ops import _spike_triton, _ternary_triton, _triton
 from ranvier.ops._triton import Launch
 
 triton = pytest.importorskip("triton", reason="triton is not installed: its kernels are neither interpreted nor compiled")
@@ -29,7 +29,7 @@ tl = pytest.importorskip("triton.language")
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
 TARGETS = tuple(SHARED)
-LAUNCHING = (_spike_triton,)  # the modules that choose launches
+LAUNCHING = (_spike_triton, _ternary_triton)  # the modules that choose launches
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.uint8: "u8",
     torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.int16: "i16",
@@ -139,13 +139,13 @@ def resources(launch: Launch, target: str, folder: Path) -> Resources:
 
 
 @contextlib.contextmanager
-def device(target: str, used: set[tuple[str, int]]) -> Iterator[None]:
-    """Launches made within take the tables of this processor; ``used`` collects which kernel's which entry they took."""
+def device(target: str, used: set[tuple[str, tuple]]) -> Iterator[None]:
+    """Launches made within take the tables of this processor; ``used`` collects the entries."""
     names, configuration = _triton.device_names, _triton.configuration
 
     def noted(stem: str, kernel: str, device: torch.device, **sizes: int) -> tuple[dict, dict]:
         use, options = configuration(stem, kernel, device, **sizes)
-        used.add((kernel, shipped(stem, target)[kernel].index({**use, **options})))
+        used.add((kernel, tuple(sorted({**use, **options}.items()))))
         return use, options
 
     _triton.device_names = lambda _: (target, "default")
@@ -166,9 +166,9 @@ def shipped(stem: str, target: str) -> dict[str, list[dict]]:
     return {kernel: [entry["use"] for entry in entries] for kernel, entries in kernels.items()}
 
 
-def assert_all_fit(stem: str, target: str, launches: list[Launch], used: set[tuple[str, int]], folder: Path) -> list[Resources]:
+def assert_all_fit(stem: str, target: str, launches: list[Launch], used: set[tuple[str, tuple]], folder: Path) -> list[Resources]:
     """Every entry of the table was used, and every launch compiles within the processor's limits, without spills."""
-    there = {(kernel, i) for kernel, uses in shipped(stem, target).items() for i in range(len(uses))}
+    there = {(kernel, tuple(sorted(use.items()))) for kernel, uses in shipped(stem, target).items() for use in uses}
     assert used == there, f"no launch of this test takes {sorted(there - used)}"
     found = []
     for launch in launches:
