@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ranvier.ops import _spike_triton, _ternary_triton, _triton
+from ranvier.ops import _kv_triton, _spike_triton, _ternary_triton, _triton
 from ranvier.ops._triton import Launch
 
 triton = pytest.importorskip("triton", reason="triton is not installed: its kernels are neither interpreted nor compiled")
@@ -29,7 +29,7 @@ tl = pytest.importorskip("triton.language")
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
 TARGETS = tuple(SHARED)
-LAUNCHING = (_spike_triton, _ternary_triton)  # the modules that choose launches
+LAUNCHING = (_spike_triton, _ternary_triton, _kv_triton)  # the modules that choose launches
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.uint8: "u8",
     torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.int16: "i16",
