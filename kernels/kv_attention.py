@@ -3,8 +3,9 @@
     out = softmax(scale q k^T + mask) v   over the visible tokens,   k, v = zero_t + scale_t (2 nibble + bit)
 
 The cache is [batch, kv head, block] of 64 tokens, its layout that of csrc/kv_attention/kv_attention.h. One program reads the
-blocks of one kv head for all query heads that share it. Codes never become keys: q k = zero_t sum_d q_d + scale_t (2 q n + q b),
-three small dots with exact operands; values likewise, their scale taken into the weights.
+blocks of one kv head for all query heads that share it. Codes never become keys:
+q k = zero_t sum_d q_d + scale_t (2 q n + q b), three small dots with exact operands; values likewise, their scale taken
+into the weights.
 """
 
 import triton
@@ -156,7 +157,7 @@ def kv_attention_join(
     sums, partial, value_order, out, D, queries, group, kv_heads, splits,
     PADDED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits of a row; grid (batch * kv_heads, group * queries). out [batch, heads, queries, D]; 0 where none is seen."""
+    """Joins the splits of a row; grid (batch * kv_heads, group * queries). out [batch, heads, queries, D], 0 for no tokens."""
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows = group * queries
     c = tl.arange(0, PADDED)

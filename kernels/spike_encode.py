@@ -70,7 +70,9 @@ def _salient(mask, k, K):
 
 
 @triton.jit
-def _extremes(x, weight, mask, K, factor, BLOCK: tl.constexpr, SEPARATE: tl.constexpr, COMPAT: tl.constexpr, NORM: tl.constexpr):
+def _extremes(
+    x, weight, mask, K, factor, BLOCK: tl.constexpr, SEPARATE: tl.constexpr, COMPAT: tl.constexpr, NORM: tl.constexpr
+):
     """min and max of the channels that set the asymmetric range, the largest salient magnitude, whether all are finite."""
     start: tl.constexpr = float("inf") if COMPAT else 0.0
     low = tl.full((BLOCK,), start, tl.float32)
@@ -183,7 +185,9 @@ def spike_encode(
             tl.store(codes + k, c.to(tl.int8), mask=k < K)
             if GROUP > 0:
                 index = begin // GROUP + tl.arange(0, BLOCK // GROUP)
-                tl.store(code_sum + m * groups + index, tl.sum(tl.reshape(c, (BLOCK // GROUP, GROUP)), axis=1), mask=index < groups)
+                tl.store(
+                    code_sum + m * groups + index, tl.sum(tl.reshape(c, (BLOCK // GROUP, GROUP)), axis=1), mask=index < groups
+                )
             else:
                 sums += c
     pad = tl.arange(0, 4)

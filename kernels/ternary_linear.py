@@ -4,8 +4,9 @@
 
 spike_linear_combine (kernels/spike_linear.py) adds the splits, takes the zero points off by the code sums and scales. Weights:
 [N/32][blocks][64 bytes], first the ordinary blocks of eight channels: byte 4 i + j holds from its low bits upwards channel j of
-output i, channel j of output 16 + i, channel 4 + j of output i, channel 4 + j of output 16 + i; then the salient blocks of four,
-in nibbles. Codes come in the same blocks, each range filled up with zeros: int8 [M, stride], salient ones from salient_at.
+output i, channel j of output 16 + i, channel 4 + j of output i, channel 4 + j of output 16 + i; then the salient blocks of
+four, in nibbles. Codes come in the same blocks, each range filled up with zeros: int8 [M, stride], salient ones from
+salient_at.
 """
 
 import triton

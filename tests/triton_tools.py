@@ -166,7 +166,9 @@ def shipped(stem: str, target: str) -> dict[str, list[dict]]:
     return {kernel: [entry["use"] for entry in entries] for kernel, entries in kernels.items()}
 
 
-def assert_all_fit(stem: str, target: str, launches: list[Launch], used: set[tuple[str, tuple]], folder: Path) -> list[Resources]:
+def assert_all_fit(
+    stem: str, target: str, launches: list[Launch], used: set[tuple[str, tuple]], folder: Path
+) -> list[Resources]:
     """Every entry of the table was used, and every launch compiles within the processor's limits, without spills."""
     there = {(kernel, tuple(sorted(use.items()))) for kernel, uses in shipped(stem, target).items() for use in uses}
     assert used == there, f"no launch of this test takes {sorted(there - used)}"

@@ -81,7 +81,9 @@ class Cache:
     values: Tensor
 
 
-def a_cache(batch: int, kv_heads: int, tokens: int, channels: int, salient: tuple[int, int], nan_at: int | None = None) -> Cache:
+def a_cache(
+    batch: int, kv_heads: int, tokens: int, channels: int, salient: tuple[int, int], nan_at: int | None = None
+) -> Cache:
     g = generator(tokens + channels)
     form = Format(channels, *salient)
     masks, floats = [], []

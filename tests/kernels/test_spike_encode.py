@@ -69,8 +69,8 @@ def test_blocked_codes_are_filled_up(rule: dict) -> None:
 def test_rms_norm_comes_first(rule: dict, weighting: str) -> None:
     """Codes are exactly those of the normalised tokens that the kernel also returns, and these are RMSNorm's.
 
-    Against float64, in units of 2^-24: the sum of K squares K / 2 + 1 relative to the root, quotient, root and reciprocal 3, two
-    products and 1 + w 3.
+    Against float64, in units of 2^-24: the sum of K squares K / 2 + 1 relative to the root, quotient, root and reciprocal 3,
+    two products and 1 + w 3.
     """
     channels, epsilon = 1100, 1e-5
     mask = random_mask(channels, 0.1, generator(7))

@@ -162,11 +162,16 @@ SHAPES = [
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_shapes_fit(target: str, tmp_path: Path) -> None:
-    """Every shape of the table compiles within the processor's memory and registers, without spills, to its dot instructions."""
+    """Every shape of the table compiles within memory and registers, without spills, to the processor's dot instructions."""
     used: set = set()
     with device(target, used):
         made = [launch for shape in SHAPES for launch in launches(*shape)]
-    tensor_core = {"sm_80": "mma.sync.aligned.m16n8k32", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "mfma_i32"}
+    tensor_core = {
+        "sm_80": "mma.sync.aligned.m16n8k32",
+        "sm_90": "wgmma.mma_async",
+        "sm_100": "tcgen05.mma",
+        "gfx942": "mfma_i32",
+    }
     for launch, needs in zip(made, assert_all_fit("spike_linear", target, made, used, tmp_path), strict=True):
         if launch.kernel == "spike_linear_gemm":
             assert tensor_core[target] in needs.text
@@ -176,7 +181,7 @@ def test_shapes_fit(target: str, tmp_path: Path) -> None:
 
 
 def test_operands_stay_in_registers_on_hopper(tmp_path: Path) -> None:
-    """sm_90: weights go from packed bytes in shared memory straight to wgmma's registers; nothing is stored back or moved by bytes."""
+    """sm_90: packed weights go from shared memory straight to wgmma's registers, nothing is stored back or moved by bytes."""
     from triton_tools import resources
 
     with device("sm_90", set()):

@@ -38,7 +38,7 @@ def format_of(mask: Tensor, act_bits: int = 8) -> Format:
 
 
 def two_bit(q: Tensor) -> Tensor:
-    """q uint8 [N, K] -> [N/32, K/8, 64]: bits 0, 2, 4, 6 of byte 4 i + j: channels j, j, 4 + j, 4 + j, outputs i, 16 + i, i, 16 + i."""
+    """q uint8 [N, K] -> [N/32, K/8, 64]; bits 0, 2, 4, 6 of byte 4 i + j: output i or 16 + i in turn, channels j then 4 + j."""
     q = torch.nn.functional.pad(q, (0, -q.shape[1] % 8, 0, -q.shape[0] % 32))
     packed = torch.zeros(q.shape[0] // 32, q.shape[1] // 8, 64, dtype=torch.uint8)
     for field, (upper, more) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
@@ -62,13 +62,17 @@ def layer(form: Format, mask: Tensor) -> tuple[Tensor, Tensor, PackedWeight]:
     return q, zero, PackedWeight(torch.cat(packed, 1), _by_block(scale), _by_block(zero), None)
 
 
-def exact(codes: Tensor, code_scale: Tensor, q: Tensor, zero: Tensor, weight: PackedWeight, mask: Tensor, bias: Tensor) -> Tensor:
+def exact(
+    codes: Tensor, code_scale: Tensor, q: Tensor, zero: Tensor, weight: PackedWeight, mask: Tensor, bias: Tensor
+) -> Tensor:
     """The formula in float64, integers in int64."""
     scale = weight.scale.transpose(1, 2).reshape(-1, zero.shape[1])[:N].double()
     y = bias.double()
     for r in range(zero.shape[1]):
         chosen = mask == bool(r) if zero.shape[1] == 2 else torch.ones_like(mask)
-        y = y + code_scale.double() * scale[:, r] * (codes[:, chosen].long() @ (q.long() - zero.long()[:, r : r + 1])[:, chosen].T)
+        y = y + code_scale.double() * scale[:, r] * (
+            codes[:, chosen].long() @ (q.long() - zero.long()[:, r : r + 1])[:, chosen].T
+        )
     return y
 
 

@@ -45,7 +45,7 @@ def attention_launches(
     quads, value_groups = -(-form.key_salient // 4), -(-form.value_salient // 16)
     padded = max(32, _power_of_two(form.padded))
     shape = {
-        "PADDED": padded, "GROUPS": max(1, _power_of_two(value_groups)),
+        "PADDED": padded, "GROUPS": max(2, _power_of_two(value_groups)),
     }  # fmt: skip
     offset = {name: at for name, (at, _) in form.sections.items()}
     width = padded + 16 * shape["GROUPS"]

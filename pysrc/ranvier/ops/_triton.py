@@ -84,7 +84,9 @@ def configs_folder() -> Path:
     for place in places:
         if place.is_dir():
             return place
-    raise FileNotFoundError(f"ranvier has no launch tables; looked in {', '.join(map(str, places)) or 'no folder'}; reinstall it")
+    raise FileNotFoundError(
+        f"ranvier has no launch tables; looked in {', '.join(map(str, places)) or 'no folder'}; reinstall it"
+    )
 
 
 @lru_cache
