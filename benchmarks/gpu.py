@@ -30,6 +30,8 @@ TOKENS = (1, 8, 16, 64, 2048)
 MEMORY_CLAIM, COMPUTE_CLAIM = 0.65, 0.60  # of the bandwidth floor at one token, of the int8 peak at 2048
 COPIED = 1 << 30
 PEAK_SIZE = 8192
+CHECKED_LAYERS = ((4096, 4096, 0), (1030, 70, 0), (4096, 2048, 128), (1000, 96, 32), (11008, 4096, 0))  # K, N, group size
+CHECKED_TOKENS = (1, 2, 8, 16, 33, 130)
 FORMATS = (
     {"act_bits": 4, "steps": 2, "span": "shared", "grid": "consistent"},
     {"act_bits": 4, "steps": 4, "span": "shared", "grid": "compat"},
@@ -64,12 +66,12 @@ def check_spikes(device: torch.device, backend: str | None) -> int:
     """spike_encode has the reference's integers, spike_linear the reference's values: every kernel, split, tail and group."""
     count = 0
     for rule in FORMATS:
-        for channels, outputs, group in ((4096, 4096, 0), (1030, 70, 0), (4096, 2048, 128), (1000, 96, 32), (11008, 4096, 0)):
+        for channels, outputs, group in CHECKED_LAYERS:
             mask = torch.rand(channels) < 0.1
             form = SpikeFormat(channels, int(mask.sum()), **rule, group_size=group)
             weight, bias = pack_weight(torch.randn(outputs, channels), mask, form), torch.randn(outputs)
             there = type(weight)(*(t if t is None else t.to(device) for t in weight))
-            for tokens in (1, 2, 8, 16, 33, 130):
+            for tokens in CHECKED_TOKENS:
                 x = _layer_input(tokens, channels)
                 options = {"salient_count": form.salient_count, **form.rule, "group_size": group}
                 truth = spike_encode(x, mask, **options, backend="reference")
@@ -333,9 +335,8 @@ def claims(rows: list[Row]) -> list[str]:
             share, claim, what = row.gbs / row.copy_gbs, MEMORY_CLAIM, "bandwidth"
         else:
             share, claim, what = row.tops / row.int8_tops, COMPUTE_CLAIM, "int8 peak"
-        lines.append(
-            f"{'reached' if share >= claim else 'missed'}: {row.shape}, M={row.m}: {share:.0%} of the {what}, {claim:.0%} claimed"
-        )
+        verdict = "reached" if share >= claim else "missed"
+        lines.append(f"{verdict}: {row.shape}, M={row.m}: {share:.0%} of the {what}, {claim:.0%} claimed")
     return lines
 
 

@@ -30,9 +30,11 @@ def test_without_a_gpu_it_says_so(gpu: ModuleType, capsys: pytest.CaptureFixture
 
 def test_value_checks_pass_on_the_cpu_and_see_an_error(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same checks run on the CPU kernels, and raise for a single wrong value or a NaN too many."""
-    monkeypatch.setattr(gpu, "FORMATS", gpu.FORMATS[:1])
+    monkeypatch.setattr(gpu, "FORMATS", gpu.FORMATS[:2])
+    monkeypatch.setattr(gpu, "CHECKED_LAYERS", gpu.CHECKED_LAYERS[1::2])
+    monkeypatch.setattr(gpu, "CHECKED_TOKENS", (1, 8))
     cpu = torch.device("cpu")
-    assert gpu.check_values(cpu, "cpu")["spike_linear"] == 90
+    assert gpu.check_values(cpu, "cpu")["spike_linear"] == 24
     right = torch.ones(4)
     for wrong in (torch.tensor([1.0, 1.0, 1.0, 1.1]), torch.tensor([1.0, float("nan"), 1.0, 1.0])):
         with pytest.raises(gpu.WrongValuesError, match="1 of 4 values"):
