@@ -21,6 +21,8 @@ from ranvier import _C
 from ranvier.config import GRIDS, SPANS
 from ranvier.ops._args import DTYPES, MAX_CHANNELS, check_device, check_float, plain, pointer
 from ranvier.ops._declare import declare
+from ranvier.ops._spike_triton import Places, encode_launches, packed_places
+from ranvier.ops._triton import run
 from ranvier.reference import spike_encode as reference
 from ranvier.reference.spike_encode import SpikeCodes
 
@@ -145,6 +147,17 @@ def _outputs(x: Tensor, form: SpikeFormat) -> SpikeCodes:
     )
 
 
+def outputs_at(x: Tensor, form: SpikeFormat, places: Places) -> SpikeCodes:
+    """Empty outputs for the tokens of x as rows, their codes at these places."""
+    tokens, ranges = x.numel() // form.channels, len(form.lengths)
+    return SpikeCodes(
+        x.new_empty((tokens, places.stride), dtype=torch.int8),
+        x.new_empty((tokens, ranges), dtype=torch.float32),
+        x.new_empty((tokens, sum(form.groups)), dtype=torch.int32),
+        x.new_empty((tokens, ranges), dtype=torch.int32),
+    )
+
+
 def fake(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> SpikeCodes:
     return _outputs(x, format_of(x.shape[-1], salient_count, *rest))
 
@@ -160,6 +173,13 @@ def cpu(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> Sp
     return out
 
 
+def triton(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> SpikeCodes:
+    form = format_of(x.shape[-1], salient_count, *rest)
+    out = _outputs(x, form)
+    run(encode_launches(form, x, salient_mask, out, packed_places(form)))
+    return out
+
+
 def reference_encode(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> SpikeCodes:
     form = format_of(x.shape[-1], salient_count, *rest)
     mask = salient_mask if salient_mask is not None else torch.zeros(form.channels, dtype=torch.bool, device=x.device)
@@ -171,8 +191,9 @@ op = declare(
     check=check,
     fake=fake,
     cpu=cpu,
+    triton=triton,
     reference=reference_encode,
-    places=("reference", "csrc", "ops", "tests", "benchmarks"),
+    places=("reference", "csrc", "kernels", "ops", "tests", "benchmarks"),
     dtypes=tuple(DTYPES),
 )
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from ranvier import _C
 from ranvier.ops._args import DTYPES, check_channels, check_device, check_float, check_is_tensor, check_tensor, plain, pointer
 from ranvier.ops._declare import declare
-from ranvier.ops.spike_encode import SpikeFormat, clipping, format_of, reference_encode
+from ranvier.ops._spike_triton import blocked_codes, blocked_places, encode_launches, linear_launches
+from ranvier.ops._triton import run
+from ranvier.ops.spike_encode import SpikeFormat, clipping, format_of, outputs_at, reference_encode
 from ranvier.reference import spike_linear as reference
 from ranvier.reference.spike_encode import SpikeCodes, channel_order
 from ranvier.reference.spike_linear import Quantized
@@ -211,6 +213,14 @@ def cpu_codes(codes: Tensor, scale: Tensor, code_sum: Tensor, zero: Tensor, *res
     return y
 
 
+def triton_codes(codes: Tensor, scale: Tensor, code_sum: Tensor, zero: Tensor, *rest) -> Tensor:
+    weight, _, bias, form, out = _split(rest[:-1], codes.shape[-1])
+    y = fake_codes(codes, scale, code_sum, zero, *rest)
+    encoded = SpikeCodes(blocked_codes(form, codes), *(t.contiguous() for t in (scale, code_sum, zero)))
+    run(linear_launches(form, encoded, weight, bias, y, out))
+    return y
+
+
 def reference_codes(codes: Tensor, scale: Tensor, code_sum: Tensor, zero: Tensor, *rest) -> Tensor:
     return _reference_product(SpikeCodes(codes, scale, code_sum, zero), rest[:-1], rest[-1])
 
@@ -220,8 +230,9 @@ op = declare(
     check=check_codes,
     fake=fake_codes,
     cpu=cpu_codes,
+    triton=triton_codes,
     reference=reference_codes,
-    places=("reference", "csrc", "ops", "nn", "tests", "benchmarks"),
+    places=("reference", "csrc", "kernels", "ops", "nn", "tests", "benchmarks"),
     dtypes=(torch.int8,),
 )
 
@@ -251,6 +262,15 @@ def cpu_dynamic(x: Tensor, *rest) -> Tensor:
     description, dtype = layer_description(weight, mask, bias, form, out), DTYPES[x.dtype]
     tokens = x.numel() // form.channels
     _C.spike_linear_dynamic(description, x.data_ptr(), form.channels, dtype, tokens, y.data_ptr(), dtype)
+    return y
+
+
+def triton_dynamic(x: Tensor, *rest) -> Tensor:
+    weight, mask, bias, form, out = _split(rest, x.shape[-1])
+    y, places = fake_dynamic(x, *rest), blocked_places(form)
+    encoded = outputs_at(x, form, places)
+    run(encode_launches(form, x, mask, encoded, places))
+    run(linear_launches(form, encoded, weight, bias, y, out))
     return y
 
 
@@ -288,6 +308,7 @@ dynamic_op = declare(
     check=check_dynamic,
     fake=fake_dynamic,
     cpu=cpu_dynamic,
+    triton=triton_dynamic,
     reference=reference_dynamic,
     backward=backward,
     setup_context=setup_context,

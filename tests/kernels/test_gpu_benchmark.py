@@ -1,0 +1,49 @@
+"""The benchmark for a GPU, as far as it runs without one: its value checks on the CPU, its refusal, its claims."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from compiled import ROOT
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks/gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_a_gpu_it_says_so(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 2 and one line on stderr."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert gpu.main([]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_value_checks_pass_on_the_cpu_and_see_an_error(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same checks run on the CPU kernels, and raise for a single wrong value or a NaN too many."""
+    monkeypatch.setattr(gpu, "FORMATS", gpu.FORMATS[:2])
+    monkeypatch.setattr(gpu, "CHECKED_LAYERS", gpu.CHECKED_LAYERS[1::2])
+    monkeypatch.setattr(gpu, "CHECKED_TOKENS", (1, 8))
+    cpu = torch.device("cpu")
+    assert gpu.check_values(cpu, "cpu")["spike_linear"] == 24
+    right = torch.ones(4)
+    for wrong in (torch.tensor([1.0, 1.0, 1.0, 1.1]), torch.tensor([1.0, float("nan"), 1.0, 1.0])):
+        with pytest.raises(gpu.WrongValuesError, match="1 of 4 values"):
+            gpu._same("x", wrong, right, 0.05)
+
+
+def test_claims_read_the_rows(gpu: ModuleType) -> None:
+    """One line for one token and one for 2048, each against its own limit."""
+    row = {name: 0 for name in gpu.Row.__dataclass_fields__}
+    row |= {"provider": "ranvier", "shape": "o", "gbs": 70.0, "copy_gbs": 100.0, "tops": 50.0, "int8_tops": 100.0}
+    rows = [gpu.Row(**{**row, "m": m}) for m in (1, 8, 2048)]
+    assert [line.split(":")[0] for line in gpu.claims(rows)] == ["reached", "missed"]
