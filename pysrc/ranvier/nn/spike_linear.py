@@ -137,6 +137,7 @@ class SpikingLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.config = config or SpikeConfig()
         self.salient_count = salient_count
+        self._clips = self.config.act_clip != 1
         self.dtype = dtype or torch.get_default_dtype()
         form = self.format
         form.check("SpikingLinear")
@@ -186,8 +187,9 @@ class SpikingLinear(nn.Module):
     def format(self) -> SpikeFormat:
         """How this layer's tokens are encoded."""
         c = self.config
-        rule = (c.act_bits, c.code_steps, c.span, c.grid, c.group_size or 0, c.act_clip)
-        return SpikeFormat(self.in_features, self.salient_count, *rule)
+        rule = (c.act_bits, c.code_steps, c.span, c.grid, c.group_size or 0)
+        # A float that a compiler reads costs it a second graph; most layers have none.
+        return SpikeFormat(self.in_features, self.salient_count, *rule, c.act_clip if self._clips else 1.0)
 
     @property
     def packed_weight(self) -> PackedWeight:
