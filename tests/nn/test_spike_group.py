@@ -96,11 +96,14 @@ def test_group_sees_another_mask_and_format() -> None:
     with torch.no_grad():
         other = SpikingLinear.from_linear(linear(), CONFIGS[0], mask(seed=20))
         finer = SpikingLinear.from_linear(linear(), SpikeConfig(steps=4), mask())
-        expected = [layer(x) for layer in (other, finer)]
-        other.group = finer.group = group
+        clipped = SpikingLinear.from_linear(linear(), SpikeConfig(act_clip=0.7), mask())
+        expected = [layer(x) for layer in (other, finer, clipped)]
+        other.group = finer.group = clipped.group = group
         first(x)
         assert same(other(x), expected[0])
         assert same(finer(x), expected[1])
+        first(x)
+        assert same(clipped(x), expected[2]) and not same(clipped(x), first(x))
         first(x)
         first.salient_mask.copy_(mask(seed=21))
         changed = copy.deepcopy(second)

@@ -36,10 +36,11 @@ from ranvier.ops import spike_encode, weight_only_linear
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 configs = pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+CLIPPED = [SpikeConfig(act_clip=0.8), SpikeConfig(act_clip=0.8, span="separate"), SpikeConfig(act_clip=0.8, grid="compat")]
 some_configs = pytest.mark.parametrize("config", CONFIGS[::3], ids=config_id)
 
 
-@configs
+@pytest.mark.parametrize("config", [*CONFIGS, *CLIPPED], ids=config_id)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_forward_is_dequantized_input_times_dequantized_weight(isa: str, config: SpikeConfig, dtype: torch.dtype) -> None:
     """forward(x) = x^ W^T + b, within the epilogue's bound and the rounding of x^ and W^.  # spec spikellm O5"""

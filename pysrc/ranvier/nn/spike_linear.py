@@ -147,6 +147,7 @@ class SpikingLinear(nn.Module):
             name, bits = type(self).__name__, self.config.weight_bits
             raise ValueError(f"{name}: config.weight_bits is {bits}; SpikingLinear has 4-bit weights, TernaryLinear 2-bit ones")
         self.salient_count = salient_count
+        self._clips = self.config.act_clip != 1
         self.dtype = dtype or torch.get_default_dtype()
         form = self.format
         form.check(type(self).__name__)
@@ -240,8 +241,9 @@ class SpikingLinear(nn.Module):
         c = self.config
         if c.act_bits is None:
             return digit_format(self.in_features, c.group_size)
-        rule = (c.act_bits, c.code_steps, c.span, c.grid, c.group_size or 0, c.act_clip)
-        return SpikeFormat(self.in_features, self.salient_count, *rule)
+        rule = (c.act_bits, c.code_steps, c.span, c.grid, c.group_size or 0)
+        # A float that a compiler reads costs it a second graph; most layers have none.
+        return SpikeFormat(self.in_features, self.salient_count, *rule, c.act_clip if self._clips else 1.0)
 
     @property
     def packed_weight(self) -> PackedWeight:

@@ -62,7 +62,9 @@ class TernaryLinear(SpikingLinear):
     @property
     def format(self) -> TernaryFormat:
         """How this layer's tokens are encoded."""
-        return ternary_format(self.in_features, self.salient_count, self.config.act_bits or 8, self.config.act_clip)
+        return ternary_format(
+            self.in_features, self.salient_count, self.config.act_bits or 8, *((self.config.act_clip,) if self._clips else ())
+        )
 
     def _quantize(self, weight: Tensor) -> PackedWeight:
         c = self.config

@@ -118,9 +118,9 @@ def format_of(channels: int, salient_count: int, *rule) -> SpikeFormat:
     )
 
 
-def clipping(act_clip: float) -> tuple:
-    """The schema's last argument where it is not the default: the compiler takes a float for something that may change."""
-    return () if act_clip == 1 else (act_clip,)
+def clipping(act_clip: float | None) -> tuple:
+    """The schema's last argument, left out where it is the default: a float that a compiler sees costs it a second graph."""
+    return () if act_clip is None or (type(act_clip) is float and act_clip == 1) else (act_clip,)
 
 
 def check(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> None:
@@ -207,7 +207,7 @@ def spike_encode(
     span: str = "shared",
     grid: str = "consistent",
     group_size: int | None = None,
-    act_clip: float = 1.0,
+    act_clip: float | None = None,
     salient_count: int | None = None,
     backend: str | None = None,
 ) -> SpikeCodes:
@@ -218,7 +218,7 @@ def spike_encode(
     With R = 2 (span "separate", or grid "compat" with steps > 1) codes hold the ordinary channels first, then the salient
     ones. A token with NaN or Inf gets scale NaN, so that everything made from it is NaN, and touches no other token.
 
-    act_clip: the share of a token's range that its codes span; values beyond it saturate.
+    act_clip: the share of a token's range that its codes span, None for all of it; values beyond it saturate.
     salient_count: ``salient_mask.sum()`` where the caller knows it. backend: a name is a contract, None takes the device's.
     Raises ValueError for shapes and options out of range, TypeError for dtypes, BackendError for a backend that cannot run.
     Source: SpikeLLM, arXiv 2407.04752, sections 3.1-3.2.

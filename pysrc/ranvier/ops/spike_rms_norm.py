@@ -91,7 +91,7 @@ def spike_rms_norm(
     span: str = "shared",
     grid: str = "consistent",
     group_size: int | None = None,
-    act_clip: float = 1.0,
+    act_clip: float | None = None,
     salient_count: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, SpikeCodes]:

@@ -72,7 +72,7 @@ def spike_silu_mul(
     span: str = "shared",
     grid: str = "consistent",
     group_size: int | None = None,
-    act_clip: float = 1.0,
+    act_clip: float | None = None,
     salient_count: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, SpikeCodes]:
