@@ -89,7 +89,7 @@ def test_declared_places_exist(name: str) -> None:
         assert any(name.startswith(f"{stem}_") for stem in STEMS), f"{name} has no place and shares no op's stem"
     else:
         assert {"reference", "ops", "tests"} <= set(places)
-    assert ("kernels" in places) == ("triton" in OPS[name].implementations)
+        assert ("kernels" in places) == ("triton" in OPS[name].implementations)
 
 
 def test_no_undeclared_place_exists() -> None:
