@@ -144,16 +144,22 @@ def writes_memory(i: Instruction) -> bool:
 DOTS = {"avx512vnni": "vpdpbusd", "avx2": "vpmaddubsw"}
 
 
-def dot_loops(core: Path, level: str) -> list[list[Instruction]]:
-    functions = disassemble(core / f"spike_linear/spike_linear_{level}.cpp.o")
+def dot_loops(core: Path, level: str, stem: str = "spike_linear") -> list[list[Instruction]]:
+    functions = disassemble(core / f"{stem}/{stem}_{level}.cpp.o")
     found = [loop for body in functions.values() for loop in loops(body)]
     return [loop for loop in found if sum(i.mnemonic == DOTS[level] for i in loop) >= 4]
 
 
-@pytest.mark.parametrize(("level", "count"), [("avx512vnni", 12 + 8), ("avx2", 4)])
-def test_dot_loops_spill_nothing(core: Path, level: str, count: int) -> None:
+@pytest.mark.parametrize(
+    ("stem", "level", "count"),
+    [
+        ("spike_linear", "avx512vnni", 12 + 8), ("spike_linear", "avx2", 4),
+        ("kv_attention", "avx512vnni", 2 + 4), ("kv_attention", "avx2", 2),
+    ],
+)  # fmt: skip
+def test_dot_loops_spill_nothing(core: Path, stem: str, level: str, count: int) -> None:
     """In no loop of dot products, of one token or of many, does an accumulator or anything else go through the stack."""
-    found = dot_loops(core, level)
+    found = dot_loops(core, level, stem)
     assert len(found) >= count
     for loop in found:
         assert not [i for i in loop if writes_memory(i)]
