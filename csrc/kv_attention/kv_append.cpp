@@ -34,32 +34,35 @@ Range range_of(const float* x, std::int64_t D) {
           true};
 }
 
-void quantize(const float* x, const HeadOrder& order, const Range& range, std::uint8_t* codes) {
-  const float fine = half_to_float(range.scale), zero = half_to_float(range.zero);
-  for (std::int64_t j = 0; j < order.D; ++j) {
-    const bool salient = j < order.salient;
-    const float step = salient ? fine : 2.0f * fine;
-    const float level = round_even(clamp((x[order.channel[j]] - zero) / step, 0.0f, salient ? 30.0f : 15.0f));
-    codes[j] = static_cast<std::uint8_t>(salient ? level : 2.0f * level);
+// 2 n + b of every channel, in the order of the head.
+void quantize(const float* x, const std::uint8_t* mask, const HeadOrder& order, const Range& range, std::uint8_t* codes) {
+  const float fine = half_to_float(range.scale), coarse = 2.0f * fine, zero = half_to_float(range.zero);
+  std::uint8_t natural[kKvMaxD];
+  for (std::int64_t d = 0; d < order.D; ++d) {
+    const bool salient = mask[d] != 0;
+    const float level = round_even(clamp((x[d] - zero) / (salient ? fine : coarse), 0.0f, salient ? 30.0f : 15.0f));
+    natural[d] = static_cast<std::uint8_t>(static_cast<std::int32_t>(salient ? level : 2.0f * level));
   }
+  for (std::int64_t j = 0; j < order.D; ++j) codes[j] = natural[order.channel[j]];
 }
 
-void put_nibble(std::uint8_t* byte, bool upper, int nibble) {
-  *byte = static_cast<std::uint8_t>(upper ? (*byte & 15) | nibble << 4 : (*byte & 240) | nibble);
-}
+std::uint8_t nibbles(int low, int high) { return static_cast<std::uint8_t>(low >> 1 | (high >> 1) << 4); }
 
 void put_bit(std::uint8_t* bytes, std::int64_t index, int bit) {
   std::uint8_t* byte = bytes + index / 8;
   *byte = static_cast<std::uint8_t>((*byte & ~(1 << index % 8)) | bit << index % 8);
 }
 
-// codes [Dp] of token t of the block.
+// codes [Dp] of token t of the block. A byte of codes is one token's, a byte of bits is shared with its neighbours.
 void put_key(const KvFormat& f, std::uint8_t* block, std::int64_t t, const std::uint8_t* codes, const Range& range) {
   const std::int64_t group = t / 16, lane = t % 16;
-  for (std::int64_t d = 0; d < f.padded(); ++d) {
-    const std::int64_t quad = d / 4, at = 4 * lane + d % 4;
-    put_nibble(block + (group * f.key_lines() + quad / 2) * 64 + at, quad % 2 != 0, codes[d] >> 1);
-    if (quad < f.key_quads()) put_bit(block + f.key_bits() + (group * f.key_quads() + quad) * 8, at, codes[d] & 1);
+  std::uint8_t* to = block + group * f.key_lines() * 64 + 4 * lane;
+  for (std::int64_t line = 0; line < f.key_lines(); ++line, codes += 8, to += 64) {
+    for (int c = 0; c < 4; ++c) to[c] = nibbles(codes[c], codes[4 + c]);
+  }
+  codes -= f.padded();
+  for (std::int64_t d = 0; d < 4 * f.key_quads(); ++d) {
+    put_bit(block + f.key_bits() + (group * f.key_quads() + d / 4) * 8, 4 * lane + d % 4, codes[d] & 1);
   }
   std::memcpy(block + f.key_scale() + 2 * t, &range.scale, 2);
   std::memcpy(block + f.key_zero() + 2 * t, &range.zero, 2);
@@ -67,10 +70,13 @@ void put_key(const KvFormat& f, std::uint8_t* block, std::int64_t t, const std::
 
 void put_value(const KvFormat& f, std::uint8_t* block, std::int64_t t, const std::uint8_t* codes, const Range& range) {
   const std::int64_t quad = t / 4;
-  for (std::int64_t d = 0; d < f.padded(); ++d) {
-    const std::int64_t group = d / 16, at = 4 * (d % 16) + t % 4;
-    put_nibble(block + f.value_codes() + (quad * f.value_lines() + group / 2) * 64 + at, group % 2 != 0, codes[d] >> 1);
-    if (group < f.value_groups()) put_bit(block + f.value_bits() + (quad * f.value_groups() + group) * 8, at, codes[d] & 1);
+  std::uint8_t* to = block + f.value_codes() + quad * f.value_lines() * 64 + t % 4;
+  for (std::int64_t line = 0; line < f.value_lines(); ++line, codes += 32, to += 64) {
+    for (int c = 0; c < 16; ++c) to[4 * c] = nibbles(codes[c], codes[16 + c]);
+  }
+  codes -= f.padded();
+  for (std::int64_t d = 0; d < 16 * f.value_groups(); ++d) {
+    put_bit(block + f.value_bits() + (quad * f.value_groups() + d / 16) * 8, 4 * (d % 16) + t % 4, codes[d] & 1);
   }
   std::memcpy(block + f.value_scale() + 2 * t, &range.scale, 2);
   std::memcpy(block + f.value_zero() + 2 * t, &range.zero, 2);
@@ -104,9 +110,11 @@ Status check(const KvAppend& c) {
 
 void append_head(const KvAppend& c, std::int64_t b, std::int64_t h) {
   const KvFormat& f = c.format;
-  const HeadOrder keys(f.D, reinterpret_cast<const std::uint8_t*>(c.key_mask) + h * f.D);
-  const HeadOrder values(f.D, reinterpret_cast<const std::uint8_t*>(c.value_mask) + h * f.D);
-  const Rows key{c.key, c.key_stride, static_cast<DType>(c.key_dtype)}, value{c.value, c.value_stride, static_cast<DType>(c.value_dtype)};
+  const std::uint8_t* masks[2] = {reinterpret_cast<const std::uint8_t*>(c.key_mask) + h * f.D,
+                                  reinterpret_cast<const std::uint8_t*>(c.value_mask) + h * f.D};
+  const HeadOrder keys(f.D, masks[0]), values(f.D, masks[1]);
+  const Rows key{c.key, c.key_stride, static_cast<DType>(c.key_dtype)};
+  const Rows value{c.value, c.value_stride, static_cast<DType>(c.value_dtype)};
   auto* head = reinterpret_cast<std::uint8_t*>(c.cache) + (b * c.kv_heads + h) * c.blocks * f.block_bytes();
   auto* steps = reinterpret_cast<float*>(c.steps);
   const std::int64_t start = reinterpret_cast<const std::int64_t*>(c.positions)[b];
@@ -120,7 +128,7 @@ void append_head(const KvAppend& c, std::int64_t b, std::int64_t h) {
       const HeadOrder& order = is_key ? keys : values;
       (is_key ? key : value).read(b, h, i, f.D, x);
       const Range range = range_of(x, f.D);
-      if (range.finite) quantize(x, order, range, codes);
+      if (range.finite) quantize(x, masks[is_key ? 0 : 1], order, range, codes);
       if (!range.finite) std::memset(codes, 0, sizeof codes);
       (is_key ? put_key : put_value)(f, block, t % kKvTokens, codes, range);
       steps[(((is_key ? 0 : c.batch) + b) * c.kv_heads + h) * c.tokens + i] = half_to_float(range.scale);

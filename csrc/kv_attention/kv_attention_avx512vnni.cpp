@@ -88,8 +88,9 @@ RANVIER_INLINE void add_sums(float* out, __m512 step, __m512i high, __m512i low)
   _mm512_storeu_ps(out, _mm512_fmadd_ps(step, sums, _mm512_loadu_ps(out)));
 }
 
-// N lines, 32 N channels, from the n-th on: two bytes of weight against 64 tokens.
-template <int N>
+// N lines, 32 N channels, from the n-th on: two bytes of weight against 64 tokens. With bits one line at a time: of more
+// GCC 12 spills some.
+template <int N, bool Bits>
 RANVIER_INLINE void value_dots(const KvFormat& f, const std::uint8_t* block, std::int64_t n, const std::uint8_t* high,
                                const std::uint8_t* low, float step, float* out) {
   const std::int64_t lines = f.value_lines(), groups = f.value_groups(), bytes = f.block_bytes();
@@ -99,6 +100,7 @@ RANVIER_INLINE void value_dots(const KvFormat& f, const std::uint8_t* block, std
 #define RANVIER_START(i) __m512i ah##i = _mm512_setzero_si512(), al##i = ah##i, bh##i = ah##i, bl##i = ah##i;
   RANVIER_FOUR(RANVIER_START)
 #undef RANVIER_START
+#pragma GCC unroll 1
   for (std::int64_t quad = 0; quad < 16; ++quad, codes += lines * 64, bits += groups * 8) {
     const __m512i wh = quad_at(high + 4 * quad), wl = quad_at(low + 4 * quad);
 #define RANVIER_DOTS(i)                                                               \
@@ -106,8 +108,8 @@ RANVIER_INLINE void value_dots(const KvFormat& f, const std::uint8_t* block, std
     const __m512i packed = _mm512_loadu_si512(codes + i * 64);                        \
     _mm_prefetch(reinterpret_cast<const char*>(codes + bytes + i * 64), _MM_HINT_T0); \
     __m512i even = twice_low(packed), odd = twice_high(packed);                       \
-    if (2 * i < salient) even = with_bits(even, bits + 2 * i * 8);                    \
-    if (2 * i + 1 < salient) odd = with_bits(odd, bits + (2 * i + 1) * 8);            \
+    if (Bits && 2 * i < salient) even = with_bits(even, bits + 2 * i * 8);            \
+    if (Bits && 2 * i + 1 < salient) odd = with_bits(odd, bits + (2 * i + 1) * 8);    \
     dot(ah##i, wh, even);                                                             \
     dot(al##i, wl, even);                                                             \
     dot(bh##i, wh, odd);                                                              \
@@ -176,13 +178,12 @@ struct Lanes {
   }
   static RANVIER_INLINE void add_values(const KvFormat& f, const std::uint8_t* block, const std::uint8_t* high,
                                         const std::uint8_t* low, float step, float* out) {
+    const std::int64_t lines = f.value_lines(), salient_lines = (f.value_groups() + 1) / 2;
     std::int64_t n = 0;
-    for (; n + 4 <= f.value_lines(); n += 4) value_dots<4>(f, block, n, high, low, step, out);
-    if (f.value_lines() - n >= 2) {
-      value_dots<2>(f, block, n, high, low, step, out);
-      n += 2;
-    }
-    if (n < f.value_lines()) value_dots<1>(f, block, n, high, low, step, out);
+    for (; n < salient_lines; ++n) value_dots<1, true>(f, block, n, high, low, step, out);
+    for (; n + 4 <= lines; n += 4) value_dots<4, false>(f, block, n, high, low, step, out);
+    for (; n + 2 <= lines; n += 2) value_dots<2, false>(f, block, n, high, low, step, out);
+    if (n < lines) value_dots<1, false>(f, block, n, high, low, step, out);
   }
 };
 

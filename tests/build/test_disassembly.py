@@ -155,6 +155,7 @@ def dot_loops(core: Path, level: str, stem: str = "spike_linear") -> list[list[I
     [
         ("spike_linear", "avx512vnni", 12 + 8), ("spike_linear", "avx2", 4),
         ("ternary_linear", "avx512vnni", 12 + 12), ("ternary_linear", "avx2", 4 + 4),
+        ("kv_attention", "avx512vnni", 2 + 4), ("kv_attention", "avx2", 2),
     ],
 )  # fmt: skip
 def test_dot_loops_spill_nothing(core: Path, stem: str, level: str, count: int) -> None:
