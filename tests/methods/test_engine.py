@@ -93,12 +93,16 @@ def test_what_is_no_chain_is_seen() -> None:
     assert all("forward" not in block.__dict__ for block in model.blocks)
 
 
-def test_kept_cache_setting() -> None:
-    """The model's own use_cache is back after the capture."""
+def test_no_cache_is_captured() -> None:
+    """A block that runs again finds no keys of its last run; the model's own use_cache is back after the capture."""
     model = tiny_llama()
     assert model.config.use_cache is True
-    capture(model, "model.layers", batches(), CPU)
+    chain = capture(model, "model.layers", batches(), CPU)
     assert model.config.use_cache is True
+    assert all(given.get("past_key_values") is None for block in chain.arguments for given in block)
+    block = model.model.layers[0]
+    with torch.no_grad():
+        assert same(chain.run(block, 0, 0), chain.run(block, 0, 0))
 
 
 # --- spike_ with gptq ---------------------------------------------------------------------------------------------------
