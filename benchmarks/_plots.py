@@ -126,7 +126,7 @@ def plot_linear(
 
 def plot_ternary(rows: list[dict], path: str) -> None:
     """The same of a layer with 2-bit weights."""
-    plot_linear(rows, path, "A linear layer call with 2-bit weights, 5 % salient channels in 4 bits: encode, product, epilogue")
+    plot_linear(rows, path, "A call of a layer with 2-bit weights, 5 % of its channels in 4 bits")
 
 
 def _variant_costs(axis, rows: list[dict], shape: tuple[int, int], handles: dict[str, object]) -> None:
