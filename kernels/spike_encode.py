@@ -137,7 +137,7 @@ def _root_mean_square(x, K, epsilon, BLOCK: tl.constexpr):
 
 @triton.jit
 def spike_encode(
-    x, weight, mask, normed, codes, scale, code_sum, zero, epsilon, K, low_count, groups, code_stride, salient_at,
+    x, weight, mask, normed, codes, scale, code_sum, zero, epsilon, clip, K, low_count, groups, code_stride, salient_at,
     BITS: tl.constexpr, STEPS: tl.constexpr, SEPARATE: tl.constexpr, COMPAT: tl.constexpr, RANGES: tl.constexpr,
     ALL_SALIENT: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +145,8 @@ def spike_encode(
 
     Two ranges: the salient channels' codes begin at salient_at. Codes between the ranges and the row's end are filled with
     zeros. mask: bool [K] or None. NORM: how RMSNorm's weight [K] is applied (ranvier.reference.spike_rms_norm), None without;
-    normed: [M, K] for what it gives, or None. GROUP: channels a code sum, a power of two of one range;
+    normed: [M, K] for what it gives, or None.
+    clip: the share of a token's range that its codes span. GROUP: channels a code sum, a power of two of one range;
     0: one sum a range; -1: spike_code_sums makes them.
     """
     m = tl.program_id(0).to(tl.int64)
@@ -156,9 +157,9 @@ def spike_encode(
         factor = _root_mean_square(x, K, epsilon, BLOCK)
     low, high, largest, finite = _extremes(x, weight, mask, K, factor, BLOCK, SEPARATE, COMPAT, NORM)
     # Quantizers of an ordinary token in place of those of one that is not finite: it gets no codes at all.
-    low = tl.where(finite, low, 0.0)
-    high = tl.where(finite, high, 0.0)
-    largest = tl.where(finite, largest, 0.0)
+    low = tl.where(finite, low, 0.0) * clip
+    high = tl.where(finite, high, 0.0) * clip
+    largest = tl.where(finite, largest, 0.0) * clip
     (step, z, floor, ceiling, centre, gain, first_scale, fine_step, fine_z, fine_floor, fine_ceiling, fine_centre, fine_gain,
      fine_scale) = _quantizers(low, high, largest, BITS, STEPS, SEPARATE, COMPAT)  # fmt: skip
     sums = tl.zeros((BLOCK,), tl.int32)
