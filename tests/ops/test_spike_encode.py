@@ -312,7 +312,7 @@ X, MASK = torch.zeros(2, 8), torch.zeros(8, dtype=torch.bool)
         (ValueError, "group_size is 3", X, MASK, {"group_size": 3}),
         (ValueError, "group_size is -4", X, MASK, {"group_size": -4}),
         (ValueError, "salient_count is 9", X, MASK, {"salient_count": 9}),
-        (ranvier.BackendError, "no triton kernel", X, MASK, {"backend": "triton"}),
+        (ranvier.BackendError, "backend 'triton' cannot run", X, MASK, {"backend": "triton"}),
         (ranvier.BackendError, "no backend 'gpu'", X, MASK, {"backend": "gpu"}),
     ],
 )
