@@ -26,7 +26,8 @@ def tiny_qwen(full_layers: int = 1):
     torch.manual_seed(5)
     config = Qwen3Config(
         hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, head_dim=32,
-        vocab_size=len(WORDS), eos_token_id=0, pad_token_id=0, use_sliding_window=True, sliding_window=7, max_window_layers=full_layers,
+        vocab_size=len(WORDS), eos_token_id=0, pad_token_id=0, use_sliding_window=True, sliding_window=7,
+        max_window_layers=full_layers,
     )  # fmt: skip
     return Qwen3ForCausalLM(config).eval()
 
