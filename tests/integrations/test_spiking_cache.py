@@ -7,7 +7,9 @@ import torch
 from tiny_lm import WORDS, tiny_llama, token_batch
 
 from ranvier import SpikeConfig
+from ranvier.integrations._kv_layers import SpikingCacheLayer
 from ranvier.integrations.spiking_cache import NAME, SpikingCache, calibrate_masks, register
+from ranvier.methods.spikellm.kv_saliency import KVMasks
 from ranvier.reference import kv_attention as reference
 
 PLAIN = SpikeConfig(salient=0.0)
@@ -18,13 +20,14 @@ def _one_thread(threads: None) -> None:
     torch.set_num_threads(1)
 
 
-def tiny_qwen():
+def tiny_qwen(full_layers: int = 1):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(5)
     config = Qwen3Config(
         hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, head_dim=32,
-        vocab_size=len(WORDS), eos_token_id=0, pad_token_id=0, use_sliding_window=True, sliding_window=7, max_window_layers=1,
+        vocab_size=len(WORDS), eos_token_id=0, pad_token_id=0, use_sliding_window=True, sliding_window=7,
+        max_window_layers=full_layers,
     )  # fmt: skip
     return Qwen3ForCausalLM(config).eval()
 
@@ -143,6 +146,33 @@ def test_crop_reset_reorder_and_select() -> None:
     assert cache.get_seq_length() == 0 and cache.nbytes() == 0
     with pytest.raises(ValueError, match="down to -0"):
         cache.crop(-1)
+
+
+@torch.no_grad()
+def test_sliding_window_is_kept() -> None:
+    """Two layers with windows of 7 see 12 tokens back: the last of 20 does not depend on the first, the tenth does."""
+    model, ids = prepared(tiny_qwen(full_layers=0)), token_batch(20, seed=3)
+    changed, cache = ids.clone(), cache_of(model)
+    changed[0, 0] = ids[0, 0] % (len(WORDS) - 1) + 1
+    one, other = (model(x, past_key_values=cache.fresh()).logits[0] for x in (ids, changed))
+    assert torch.equal(one[13:], other[13:]) and not torch.equal(one[9], other[9])
+
+
+def test_growing_keeps_what_is_stored() -> None:
+    """A layer filled in pieces, over the ends of its blocks, holds the bytes of one filled at once; room is let go by reset."""
+    masks = KVMasks(*(torch.arange(16).repeat(2, 1) < n for n in (1, 3)))
+    key, value = torch.randn(2, 2, 2, 200, 16)
+    whole, parts = SpikingCacheLayer(masks), SpikingCacheLayer(masks)
+    whole.update(key, value)
+    for begin, end in ((0, 1), (1, 60), (60, 70), (70, 129), (129, 200)):
+        handle, _ = parts.update(key[:, :, begin:end], value[:, :, begin:end])
+        assert handle.shape == (2, 2, end, 16) and handle.spiking_layer is parts
+    assert all(torch.equal(a, b) for a, b in zip(whole.decoded(), parts.decoded(), strict=True))
+    assert whole.nbytes() == parts.nbytes() == 2 * 2 * 4 * whole.form.block_bytes
+    parts.reset()
+    assert not parts.is_initialized and parts.nbytes() == 0
+    with pytest.raises(ValueError, match="its masks are for"):
+        parts.update(key[:, :1], value[:, :1])
 
 
 @torch.no_grad()
