@@ -56,7 +56,8 @@ struct Weights {
     for (std::int64_t i = 0; i < zero.size(); ++i) zero[i] = static_cast<std::uint8_t>(test::uniform(0, 15));
     for (std::int64_t i = 0; i < scale.size(); ++i) scale[i] = 0.01f * static_cast<float>(test::uniform(1, 9));
     layer.format = {K, K, 1, 0, 4, 2, 0, 0};
-    layer.N = N, layer.weight = packed.address(), layer.weight_scale = scale.address(), layer.weight_zero = zero.address();
+    layer.weight_bits = 4, layer.N = N, layer.weight = packed.address(), layer.weight_scale = scale.address(),
+    layer.weight_zero = zero.address();
   }
 };
 

@@ -20,12 +20,12 @@ from ranvier.methods.spikellm.engine import (
     check_reached,
     convert_blocks,
     join,
-    missing,
     weight_error,
 )
 from ranvier.methods.spikellm.evaluate import evaluating
 from ranvier.methods.spikellm.fuse import unfuse_
 from ranvier.methods.spikellm.grams import layer_class
+from ranvier.methods.spikellm.rotate import rotate_
 from ranvier.methods.spikellm.saliency import SaliencyObserver, salient_mask
 from ranvier.nn.spike_linear import SpikingLinear, check_convertible
 
@@ -174,17 +174,13 @@ def report_layer(name: str, linear: nn.Linear, made: Made) -> LayerReport:
 
 def check_supported(config: SpikeConfig) -> None:
     """Raises ValueError for settings that this installation has no code for."""
-    absent = missing(config)
-    if absent or config.act_clip != 1:
-        fault = f"has no code for {' and '.join(absent)}" if absent else "converts with act_clip=1 only"
-        raise ValueError(f"spike_: this version {fault}; choose another setting")
+    if config.pipeline == "omniquant" and config.weight_bits == 2:
+        raise ValueError("spike_: pipeline='omniquant' trains 4-bit weights; use pipeline='gptq' with weight_bits=2")
 
 
 def _rotated(model: nn.Module, seed: int) -> nn.Module:
-    from ranvier.methods.spikellm.rotate import rotate_model
-
-    model = copy.deepcopy(model)  # folding changes every weight in place
-    rotate_model(model, seed)
+    model = copy.deepcopy(model)  # so that a failure later on leaves the model as it was
+    rotate_(model, seed)
     return model
 
 

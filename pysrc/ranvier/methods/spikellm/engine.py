@@ -8,7 +8,6 @@ place, so that those after them see what they will see; then the block's spiking
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,8 +23,6 @@ from ranvier.methods.spikellm.grams import GramObserver, layer_class
 from ranvier.methods.spikellm.saliency import SaliencyObserver, salient_mask, weight_saliency
 from ranvier.nn.spike_linear import SpikeGroup, SpikingLinear
 from ranvier.reference.spike_linear import Quantized
-
-METHODS, TERNARY = "ranvier.methods.spikellm", "ranvier.nn.ternary_linear"
 
 # (masks, groups) -> the codes of every layer
 Omniquant = Callable[[dict[str, Tensor], list[list[str]]], dict[str, Quantized]]
@@ -49,16 +46,6 @@ class Conversion:
     made: dict[str, Made] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
-
-
-def missing(config: SpikeConfig) -> list[str]:
-    """Settings of a config that this installation has no code for."""
-    needs = {
-        "pipeline='omniquant'": config.pipeline == "omniquant" and f"{METHODS}.omniquant",
-        "rotate=True": config.rotate and f"{METHODS}.rotate",
-        "weight_bits=2": config.weight_bits == 2 and TERNARY,
-    }
-    return [setting for setting, module in needs.items() if module and importlib.util.find_spec(module) is None]
 
 
 def check_reached(observer: SaliencyObserver) -> None:
@@ -172,7 +159,7 @@ class BlockConverter:
         else:
             scores = sum(weight_saliency(self.layers[name].weight, hessian) for name in names)
         try:
-            return salient_mask(scores, self.config.salient_share)
+            return salient_mask(scores, self.config.salient_share, absolute=self.config.saliency == "absolute")
         except ValueError as error:
             raise ValueError(f"spike_: {names[0]}: {error}") from error
 
