@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -236,6 +236,7 @@ def spike_(
         )
     if calibration is None and config.calibration is not None:
         calibration = own_calibration(model, config.calibration)
+    config = replace(config, calibration=None)  # the layers keep their config, and an iterator cannot be copied or saved
     layers, skipped = find_linears(model, config.skip)
     if not layers:
         left = f" outside {', '.join(config.skip)}" if skipped else ""
