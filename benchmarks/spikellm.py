@@ -159,13 +159,16 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=WINDOWS, help="evaluation windows of 512 tokens, 0: the whole text")
     parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--check", action="store_true", help="say of each promise whether these rows keep it")
     args = parser.parse_args()
     path = wikitext2_path()
     text = path.read_text(encoding="utf-8") if path else topics_text(1)
     model, tokenizer = load_causal_lm(smollm2_path())
     done = {tuple(row[name] for name in KEY) for row in read_rows(args.csv)}
-    todo = [c for c in cells(args.only) if c.key(args.windows) not in done and c.pipeline in (*args.pipelines, "float32")]
+    wanted = (*args.pipelines, "float32"), (*args.settings, "float32")
+    todo = [c for c in cells(args.only) if c.pipeline in wanted[0] and c.setting in wanted[1]]
+    todo = [c for c in todo if c.key(args.windows) not in done]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     about = {
         "calibration_tokens": args.calibration_tokens, "window": WINDOW, "threads": torch.get_num_threads(),

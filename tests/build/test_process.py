@@ -16,8 +16,19 @@ from compiled import python
 from spiking import CONFIGS, spiking, tokens
 
 from ranvier import _C, SpikeConfig
-from ranvier.nn import SpikeGroup, SpikingLinear
-from ranvier.ops import spike_encode, spike_linear, spike_linear_dynamic
+from ranvier.nn import SpikeGroup, SpikingGatedMLP, SpikingLinear, SpikingRMSNorm, TernaryLinear
+from ranvier.ops import (
+    KVFormat,
+    hadamard,
+    kv_attention,
+    kv_encode,
+    spike_encode,
+    spike_linear,
+    spike_linear_dynamic,
+    spike_rms_norm,
+    spike_silu_mul,
+    ternary_linear,
+)
 
 HEAVY = ("transformers", "numba", "triton", "matplotlib", "gguf", "tqdm.notebook", "huggingface_hub")
 # A layer that several threads share, and its output's bits.
@@ -182,6 +193,11 @@ def test_python_threads_share_a_layer() -> None:
     assert not wrong and not any(worker.is_alive() for worker in workers)
 
 
+# Entries that only answer a question.
+ASKING = {"set_parallel", "num_threads", "isa", "detected_isa", "set_isa", "isa_levels", "cpu_features", "spike_encoding_bytes"}
+COMPUTING = {name for name in dir(_C) if not name.startswith("_")} - ASKING
+
+
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[int]]]:
     """How far another Python thread counted inside each call of a compiled entry: 0 where the lock was held.
@@ -204,7 +220,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[int]]]:
 
         return call
 
-    for name in [name for name in dir(_C) if name.startswith(("spike_", "machine_")) and name != "spike_encoding_bytes"]:
+    for name in COMPUTING:
         monkeypatch.setattr(_C, name, watched(name, getattr(_C, name)))
     interval, level = sys.getswitchinterval(), _C.isa()
     sys.setswitchinterval(1000)
@@ -226,13 +242,26 @@ def test_kernels_release_the_lock(counted: dict[str, list[int]]) -> None:
     layer.group = SpikeGroup()
     group.group = layer.group
     large = torch.zeros(64 << 20, dtype=torch.uint8)
+    tokens, norm = torch.randn(4096, 512), SpikingRMSNorm(torch.nn.Parameter(torch.ones(512)), 1e-5)
+    keys, mask = torch.randn(1, 4, 512, 128), torch.zeros(4, 128, dtype=torch.bool)
+    cache = KVFormat(128, 0, 0).empty(1, 4, 8)
     with torch.no_grad():
-        encoded = spike_encode(torch.randn(4096, 512), **form.rule)
+        encoded = spike_encode(tokens, **form.rule)
         spike_linear(type(encoded)(*(t[:256] for t in encoded)), weight, form, 512)
         spike_linear_dynamic(x, weight, form, 512)
         layer(x), group(x), group(torch.randn(4096, 512))
+        for _ in range(2):  # the second time the norm knows who reads it
+            layer(norm(tokens.clone()))
+        spike_rms_norm(tokens, torch.ones(512))
+        spike_silu_mul(tokens, tokens)
+        SpikingGatedMLP(layer, group, SpikingLinear.from_linear(torch.nn.Linear(512, 512), SpikeConfig()))(x.clone())
+        hadamard(tokens)
+        two_bit = TernaryLinear.from_linear(torch.nn.Linear(512, 512))
+        ternary_linear(encoded.codes[:256], encoded.scale[:256], two_bit.packed_weight, 512)
+        SpikingLinear.from_linear(torch.nn.Linear(512, 512), SpikeConfig(act_bits=None))(x)
+        kv_encode(keys, keys, cache, mask, mask, 0)
+        kv_attention(torch.randn(1, 32, 8, 128), cache, mask, mask, torch.tensor([512]))
         _C.machine_dot(20_000_000)
         _C.machine_read(large.data_ptr(), large.numel())
-    entries = {name for name in dir(_C) if name.startswith(("spike_", "machine_"))} - {"spike_encoding_bytes"}
-    assert counted.keys() == entries
+    assert counted.keys() == COMPUTING
     assert all(max(counts) > 0 for counts in counted.values()), dict(counted)

@@ -28,8 +28,10 @@ class SpikingRMSNorm(nn.Module):
     """
 
     def __init__(self, weight: nn.Parameter, eps: float, weighting: str = "after_cast") -> None:
-        """Takes over the parameter. Raises ValueError for an unknown weighting."""
+        """Takes over the parameter. Raises TypeError for another kind of weight, ValueError for an unknown weighting."""
         super().__init__()
+        if not isinstance(weight, nn.Parameter):
+            raise TypeError(f"SpikingRMSNorm: weight is a {type(weight).__name__}; pass a torch.nn.Parameter")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"SpikingRMSNorm: weighting is {weighting!r}; allowed are {', '.join(map(repr, WEIGHTINGS))}")
         self.weight, self.eps, self.weighting = weight, eps, weighting
