@@ -241,6 +241,7 @@ def test_kernels_release_the_lock(counted: dict[str, list[int]]) -> None:
     x, form, weight = torch.randn(256, 512), layer.format, layer.packed_weight
     layer.group = SpikeGroup()
     group.group = layer.group
+    layer.salient_mask = group.salient_mask = layer.group.share(layer.salient_mask)
     large = torch.zeros(64 << 20, dtype=torch.uint8)
     tokens, norm = torch.randn(4096, 512), SpikingRMSNorm(torch.nn.Parameter(torch.ones(512)), 1e-5)
     keys, mask = torch.randn(1, 4, 512, 128), torch.zeros(4, 128, dtype=torch.bool)
