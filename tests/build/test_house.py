@@ -37,6 +37,7 @@ OTHERS = {
     "tests/nn/test_spike_group.py": "layers that share one encoding: a class of nn/spike_linear.py",
     "tests/nn/test_spike_quantized.py": "a further way to make a module of nn/spike_linear.py",
     "benchmarks/smollm2.py": "a whole model",
+    "benchmarks/stories.py": "weight-only error of the pipelines on a model whose weights are float32",
     "benchmarks/spikellm.py": "the method: what its pipelines and settings cost in perplexity",
     "benchmarks/stream_memory.py": "the memory of a streamed conversion",
     "benchmarks/peers": "what a user would pick instead",

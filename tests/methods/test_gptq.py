@@ -8,8 +8,10 @@ from spiking import generator
 from torch import Tensor
 
 from ranvier.methods.spikellm.gptq import UniformGrid, gptq, inverse_factor, quantize_gptq
+from ranvier.methods.spikellm.spike_grid import binarize_by_gptq
 from ranvier.ops.spike_encode import SpikeFormat
 from ranvier.reference.spike_linear import WEIGHT_TOP, dequantize_weight, group_index, quantize_weight
+from ranvier.reference.ternary_linear import binarize_partially
 
 N = 12
 
@@ -202,3 +204,17 @@ def test_formats(span: str, group_size: int) -> None:
     value = dequantize_weight(q[:, order], scale, zero, index)
     # A row's range is 5 or so: half a step of it is 0.17; carried errors and clipping add a few steps at most.
     assert (value - weight.float()[:, order]).abs().max() < 2.0
+
+
+def test_partial_binarization_through_gptq() -> None:
+    """Where inputs do not correlate it is partial binarization itself; where they do its output error is smaller."""
+    g = torch.Generator().manual_seed(5)
+    weight, mask = torch.randn(12, 40, generator=g), torch.arange(40) % 13 == 0
+    plain = binarize_partially(weight, mask)
+    torch.testing.assert_close(binarize_by_gptq(weight, torch.eye(40), mask), plain, rtol=0, atol=1e-6)
+    x = torch.randn(400, 40, generator=g) @ torch.randn(40, 40, generator=g)
+    fitted = binarize_by_gptq(weight, x.T @ x, mask)
+    errors = [float((x @ (w - weight).T).norm()) for w in (plain, fitted)]
+    assert errors[1] < 0.8 * errors[0]
+    # Two magnitudes a row are all that ordinary columns have.
+    assert all(row[~mask].abs().unique().numel() == 1 for row in fitted)

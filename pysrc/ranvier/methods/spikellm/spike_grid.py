@@ -59,3 +59,40 @@ def quantize_spikes(weight: Tensor, hessian: Tensor, mask: Tensor, config: Spike
         tops = (3, 4 * config.steps - 1 if config.grid == "compat" else 3 * config.steps)
     grid = SpikeGrid(weight, mask, hessian.diagonal().to(weight.dtype), scale, zero, tops)
     return Quantized(gptq(weight, hessian, grid), grid.scale, grid.zero)
+
+
+class BinaryGrid:
+    """PB-LLM's levels: sign(w) mean|w| of a row's ordinary columns, ``top + 1`` asymmetric levels of its salient ones.
+
+    Yuan et al., PB-LLM, arXiv 2310.00034: the baseline that ternary spikes are compared with.
+    """
+
+    def __init__(self, weight: Tensor, mask: Tensor, top: int = 255) -> None:
+        self.groups, self.top = mask.long(), top
+        ordinary, salient = weight[:, ~mask], weight[:, mask]
+        self.size = ordinary.abs().mean(-1) if ordinary.shape[1] else weight.new_zeros(weight.shape[0])
+        low, high = salient.new_zeros(salient.shape[0]), salient.new_zeros(salient.shape[0])
+        if salient.shape[1]:
+            low, high = salient.amin(-1).clamp(max=0.0), salient.amax(-1).clamp(min=0.0)
+        step = (high - low) / top
+        self.step = torch.where(step > torch.finfo(step.dtype).tiny, step, 1.0)
+        self.zero = torch.round(-low / self.step)
+
+    def fit(self, group: int, weight: Tensor, importance: Tensor) -> None:
+        """Nothing to choose: both kinds of columns were fitted at once."""
+
+    def round(self, column: Tensor, channel: int) -> tuple[Tensor, Tensor]:
+        """See :class:`ranvier.methods.spikellm.gptq.WeightGrid`."""
+        if int(self.groups[channel]) == 0:
+            positive = column >= 0
+            return positive.to(torch.uint8), torch.where(positive, self.size, -self.size)
+        q = (torch.round(column / self.step) + self.zero).clamp(0, self.top)
+        return q.to(torch.uint8), (q - self.zero) * self.step
+
+
+def binarize_by_gptq(weight: Tensor, hessian: Tensor, mask: Tensor, bits: int = 8) -> Tensor:
+    """Partial binarization through GPTQ: the weight [N, K] that it leaves, salient columns at ``bits`` bits."""
+    grid = BinaryGrid(weight, mask, 2**bits - 1)
+    codes = gptq(weight, hessian, grid).to(weight.dtype)
+    ordinary = (2 * codes - 1) * grid.size[:, None]
+    return torch.where(mask, (codes - grid.zero[:, None]) * grid.step[:, None], ordinary)
