@@ -174,7 +174,8 @@ def spike_encode(
 
     Two ranges: the salient channels' codes begin at salient_at. Codes between the ranges and the row's end are filled with
     zeros. mask: bool [K] or None. SOURCE: None to encode x; "silu_mul": silu(x) other, of other [M, K];
-    else RMSNorm(x) of the weight other [K], applied as ranvier.reference.spike_rms_norm says by that name. made: [M, K] for that, or None.
+    else RMSNorm(x) with the weight other [K], applied as ranvier.reference.spike_rms_norm says by that name. made: [M, K] for
+    what was encoded, or None.
     clip: the share of a token's range that its codes span. GROUP: channels a code sum, a power of two of one range;
     0: one sum a range; -1: spike_code_sums makes them.
     """

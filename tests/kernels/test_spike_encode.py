@@ -40,7 +40,7 @@ def some_tokens(channels: int, dtype: torch.dtype, seed: int = 5) -> torch.Tenso
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("rule", MAIN_RULES, ids=rule_id)
 def test_codes_are_the_cpus(rule: dict) -> None:
-    """Codes, scales, sums and zero points have the bits of the CPU kernel, with every share of salient channels, group and clip."""
+    """Codes, scales, sums and zero points have the CPU kernel's bits, with every share of salient channels, group and clip."""
     cases = [(0.0, 0, 257), (0.2, 0, 70), (0.2, 12, 70), (0.5, 32, 257), (1.0, 4, 33), (0.1, 128, 1)]
     cases = cases[MAIN_RULES.index(rule) % 2 :: 2]  # every other of them: all formats meet all kinds
     if rule in (MAIN_RULES[0], MAIN_RULES[3]):
@@ -94,7 +94,10 @@ def test_rms_norm_comes_first(weighting: str) -> None:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_gated_product_has_the_cpus_bits(dtype: torch.dtype) -> None:
-    """y and its codes have the CPU kernel's bits, also where e^-g leaves float32. No bfloat16: the interpreter truncates to it."""
+    """y and its codes have the CPU kernel's bits, also where e^-g leaves float32.
+
+    Not in bfloat16, to which the interpreter does not round to the nearest even.
+    """
     gate = random_tokens(7, 1100, dtype, generator(5))
     gate[0, :6] = torch.tensor([104.5, -104.5, 88.0, -88.0, 0.0, -0.0])
     gate[1, 3], gate[2, 4], gate[3, 5] = float("nan"), float("inf"), -float("inf")

@@ -7,15 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ranvier.ops._kv_layout import head_order
 from ranvier.ops._spike_triton import _power_of_two
 from ranvier.ops._triton import Launch, configuration
 
 LOG2_E = 1.4426950408889634
-
-
-def head_order(mask: Tensor) -> Tensor:
-    """Salient channels first, both parts ascending: int64 [kv_heads, D], the channel at each place of the cache."""
-    return torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True).contiguous()
 
 
 def attention_launches(
