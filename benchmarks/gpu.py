@@ -32,6 +32,8 @@ COPIED = 1 << 30
 PEAK_SIZE = 8192
 CHECKED_LAYERS = ((4096, 4096, 0), (1030, 70, 0), (4096, 2048, 128), (1000, 96, 32), (11008, 4096, 0))  # K, N, group size
 CHECKED_TOKENS = (1, 2, 8, 16, 33, 130)
+CHECKED_TERNARY = ((512, 64, 0.0), (1030, 70, 0.3), (4096, 4096, 0.05))  # K, N, share of salient channels
+CHECKED_CACHES = ((8, 1, 65), (32, 8, 1000), (32, 32, 4096))  # heads, kv heads, tokens
 FORMATS = (
     {"act_bits": 4, "steps": 2, "span": "shared", "grid": "consistent"},
     {"act_bits": 4, "steps": 4, "span": "shared", "grid": "compat"},
@@ -94,7 +96,7 @@ def check_ternary(device: torch.device, backend: str | None) -> int:
     from ranvier.ops.ternary_linear import pack_ternary, ternary_format, ternary_linear
 
     count = 0
-    for channels, outputs, share in ((4096, 4096, 0.05), (1030, 70, 0.3), (512, 64, 0.0)):
+    for channels, outputs, share in CHECKED_TERNARY:
         mask = torch.rand(channels) < share
         form = ternary_format(channels, int(mask.sum()))
         q = torch.where(mask, torch.randint(0, 13, (outputs, channels)), torch.randint(0, 4, (outputs, channels)))
@@ -114,22 +116,40 @@ def check_kv(device: torch.device, backend: str | None) -> int:
     from ranvier.ops.kv_attention import KVFormat, kv_attention, kv_encode
 
     count = 0
-    for heads, kv_heads, tokens in ((32, 32, 4096), (32, 8, 1000), (8, 1, 65)):
+    for heads, kv_heads, tokens in CHECKED_CACHES:
         masks = [torch.zeros(kv_heads, 128, dtype=torch.bool) for _ in range(2)]
         for mask in masks:
             mask[:, ::10] = True
         form = KVFormat(128, 13, 13)
         cache = form.empty(1, kv_heads, form.blocks(tokens))
-        kv_encode(torch.randn(1, kv_heads, tokens, 128), torch.randn(1, kv_heads, tokens, 128), cache, *masks, 0, form=form)
+        keys, values = torch.randn(2, 1, kv_heads, tokens, 128).unbind()
+        kv_encode(keys, values, cache, *masks, 0, form=form)
+        packed = form.empty(1, kv_heads, form.blocks(tokens), device)
+        kv_encode(*(t.to(device) for t in (keys, values, packed, *masks)), 0, form=form, backend=backend)
+        _same(f"kv_encode, {tokens} tokens", packed, cache)
         query = torch.randn(1, heads, 1, 128)
         truth = kv_attention(query, cache, *masks, tokens, form=form, backend="reference")
         there = [t.to(device) for t in (query, cache, *masks)]
         _same(f"kv_attention, {tokens} tokens", kv_attention(*there, tokens, form=form, backend=backend), truth, 1e-3)
-        count += 1
+        count += 2
     return count
 
 
-CHECKS = {"spike_linear": check_spikes, "ternary_linear": check_ternary, "kv_attention": check_kv}
+def check_gate(device: torch.device, backend: str | None) -> int:
+    """spike_silu_mul: the CPU kernel's bits, codes included."""
+    from ranvier.ops import spike_silu_mul
+
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for dtype in dtypes:
+        gate, up = (5 * torch.randn(2, 33, 5000)).to(dtype)
+        y, codes = spike_silu_mul(gate, up)
+        got, its = spike_silu_mul(gate.to(device), up.to(device), backend=backend)
+        for name, a, b in (("y", got, y), *zip(codes._fields, its, codes, strict=True)):
+            _same(f"spike_silu_mul {name}, {dtype}", a, b)
+    return len(dtypes)
+
+
+CHECKS = {"spike_linear": check_spikes, "ternary_linear": check_ternary, "kv_attention": check_kv, "spike_silu_mul": check_gate}
 
 
 def check_values(device: torch.device, backend: str | None = None) -> dict[str, int]:

@@ -181,3 +181,112 @@ def kv_attention_join(
     to = tl.load(value_order + h * D + c, mask=c < D, other=0)
     at = ((head // kv_heads * kv_heads + h) * group + row // queries) * queries + row % queries
     tl.store(out + at * D + to, value.to(out.dtype.element_ty), mask=c < D)
+
+
+@triton.jit
+def _channels(x, at, mask, order, place, live, D, scale, zero):
+    """Codes 2 n + b, int32, at these places of the head's order; 0 past the last channel and for tokens that are not live.
+
+    x: where the tokens begin; at [4, ...] their offsets, scale and zero [4, ...] what their halves hold.
+    """
+    inside = place < D
+    channel = tl.load(order + place, mask=inside, other=0)
+    v = tl.load(x + at + channel, mask=live & inside, other=0.0).to(tl.float32)
+    salient = tl.load(mask + channel, mask=inside, other=0) != 0
+    fine = tl.div_rn(v - zero, scale + tl.zeros_like(v))
+    coarse = tl.div_rn(v - zero, 2.0 * scale + tl.zeros_like(v))
+    level = tl.where(salient, tl.minimum(tl.maximum(fine, 0.0), 30.0), tl.minimum(tl.maximum(coarse, 0.0), 15.0))
+    level = ((level + 12582912.0) - 12582912.0).to(tl.int32)
+    return tl.where(live & inside, tl.where(salient, level, 2 * level), 0)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks"])
+def kv_attention_encode(
+    x, cache, order, mask, positions, steps, D, tokens, kv_heads, blocks, block_bytes, codes_at, bits_at, scale_at, lines,
+    wide, x_b, x_h, x_t,
+    PADDED: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Four neighbouring tokens of one kv head, those that are new; grid (batch * kv_heads, tokens / 4 + 1).
+
+    A byte of bits is shared by tokens of these four and no other, so that programs never write the same byte. x [batch,
+    kv_heads, tokens, D]; order, mask [kv_heads, D]; steps float32 [batch, kv_heads, tokens]: scales, NaN also for a token
+    whose place is beyond the cache. lines: of a group's nibbles (keys), of a quad's (values); wide: units of bits.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // kv_heads, head % kv_heads
+    start = tl.load(positions + b)
+    quad = (start >> 2) + tl.program_id(1)
+    t = quad * 4 + tl.arange(0, 4)
+    new = t - start
+    given = (new >= 0) & (new < tokens)
+    live = given & (t >= 0) & (t < blocks * 64)
+    x += b * x_b + h * x_h
+    order += h * D
+    mask += h * D
+    row = tl.where(live, new, 0) * x_t
+    c = tl.arange(0, PADDED)
+    v = tl.load(x + row[:, None] + c[None, :], mask=live[:, None] & (c < D)[None, :], other=0.0).to(tl.float32)
+    odd = (v.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= 0x7F800000
+    finite = tl.max(odd.to(tl.int32), axis=1) == 0
+    low = tl.min(tl.where((c < D)[None, :], v, float("inf")), axis=1)
+    high = tl.max(tl.where((c < D)[None, :], v, -float("inf")), axis=1)
+    low = tl.where(finite, low, 0.0)
+    high = tl.where(finite, high, 0.0)
+    scale = tl.minimum(tl.maximum(tl.div_rn(high - low, 30.0), 3.814697265625e-06), 65504.0).to(tl.float16)
+    zero = tl.minimum(tl.maximum(low, -65504.0), 65504.0).to(tl.float16)
+    shown = tl.where(finite & live, scale.to(tl.float32), float("nan"))
+    tl.store(steps + head * tokens + new, shown, mask=given)
+    base = cache + (head * blocks + tl.where(live, t, 0) // 64) * block_bytes
+    inner = t % 64
+    halves = (base + scale_at).to(tl.pointer_type(tl.float16)) + inner
+    tl.store(halves, shown.to(tl.float16), mask=live)
+    tl.store(halves + 64, zero, mask=live)
+    fine, at_zero, kept = scale.to(tl.float32), zero.to(tl.float32), live & finite
+    n = tl.arange(0, PADDED // 2)
+    if KEYS:
+        place = n // 4 * 8 + n % 4
+        to = (inner // 16)[:, None] * lines * 64 + (n // 4 * 64)[None, :] + (inner % 16 * 4)[:, None] + (n % 4)[None, :]
+        STEP: tl.constexpr = 4
+    else:
+        place = n // 16 * 32 + n % 16
+        to = (inner // 4)[:, None] * lines * 64 + (n // 16 * 64 + n % 16 * 4)[None, :] + (inner % 4)[:, None]
+        STEP: tl.constexpr = 16
+    args = row[:, None]
+    first = _channels(x, args, mask, order, place[None, :], kept[:, None], D, fine[:, None], at_zero[:, None])
+    second = _channels(x, args, mask, order, place[None, :] + STEP, kept[:, None], D, fine[:, None], at_zero[:, None])
+    packed = ((first >> 1) | ((second >> 1) << 4)).to(tl.uint8)
+    stored = live[:, None] & (place < (D + 31) // 32 * 32)[None, :]
+    tl.store(base[:, None] + codes_at + to, packed, mask=stored)
+    # Bits: [4 tokens, WIDE units, bits of a unit], added up to the bytes they share.
+    if KEYS:
+        unit, j = tl.arange(0, WIDE)[None, :, None], tl.arange(0, 4)[None, None, :]
+        shift = (inner % 2 * 4)[:, None, None] + j
+        code = _channels(
+            x, row[:, None, None], mask, order, 4 * unit + j, kept[:, None, None], D, fine[:, None, None],
+            at_zero[:, None, None],
+        )  # fmt: skip
+        ours = tl.sum((code & 1) << shift, axis=2)
+        clear = tl.where(live, 15 << (inner % 2 * 4), 0)
+        ours = tl.sum(tl.reshape(ours, (2, 2, WIDE)), axis=1)
+        clear = tl.sum(tl.reshape(clear, (2, 2)), axis=1)[:, None]
+        pair = quad * 4 + 2 * tl.arange(0, 2)
+        any_live = tl.max(tl.reshape(live.to(tl.int32), (2, 2)), axis=1) != 0
+        place = tl.where(any_live, pair, 0)
+        line = (place % 64 // 16)[:, None] * wide + tl.arange(0, WIDE)[None, :]
+        byte = cache + (head * blocks + place // 64)[:, None] * block_bytes + bits_at + line * 8 + (place % 16 // 2)[:, None]
+        there = any_live[:, None] & (tl.arange(0, WIDE) < wide)[None, :]
+    else:
+        unit, j = tl.arange(0, WIDE * 8)[None, :, None], tl.arange(0, 2)[None, None, :]
+        shift = j * 4 + (inner % 4)[:, None, None]
+        code = _channels(
+            x, row[:, None, None], mask, order, 2 * unit + j, kept[:, None, None], D, fine[:, None, None],
+            at_zero[:, None, None],
+        )  # fmt: skip
+        ours = tl.sum(tl.sum((code & 1) << shift, axis=2), axis=0)
+        clear = tl.sum(tl.where(live, 17 << (inner % 4), 0), axis=0)
+        k = tl.arange(0, WIDE * 8)
+        at = tl.maximum(tl.minimum(quad * 4, blocks * 64 - 4), 0)
+        byte = cache + (head * blocks + at // 64) * block_bytes + bits_at + (at % 64 // 4 * wide + k // 8) * 8 + k % 8
+        there = (k < 8 * wide) & (k * 0 + clear != 0)
+    old = tl.load(byte, mask=there, other=0).to(tl.int32)
+    tl.store(byte, ((old & (255 - clear)) | ours).to(tl.uint8), mask=there)

@@ -1,4 +1,4 @@
-"""spike_encode: tokens to int8 spike codes, scales and code sums; spike_rms_norm: the same after RMSNorm, in the same launch.
+"""spike_encode: tokens to int8 spike codes, scales and code sums; spike_rms_norm and spike_silu_mul: the same in one launch.
 
     code = (clip(rint(x / step) + z, floor, ceiling) - centre) * gain
 
@@ -46,15 +46,44 @@ def _code(x, step, zero, floor, ceiling, centre, gain):
 
 
 @triton.jit
-def _token(x, weight, k, K, factor, NORM: tl.constexpr):
+def _exp_negative(x):
+    """e^-x in the order of csrc/spike_silu_mul/spike_silu_mul.h. NaN takes a bound."""
+    zero = tl.zeros_like(x)
+    z = _clamp(-x, -104.0, 104.0)
+    n = _rint(z * 1.44269504)
+    r = tl.fma(-n, zero + -2.12194440e-4, tl.fma(-n, zero + 0.693359375, z))
+    p = zero + 1.0 / 5040
+    p = tl.fma(p, r, zero + 1.0 / 720)
+    p = tl.fma(p, r, zero + 1.0 / 120)
+    p = tl.fma(p, r, zero + 1.0 / 24)
+    p = tl.fma(p, r, zero + 1.0 / 6)
+    p = tl.fma(p, r, zero + 0.5)
+    p = tl.fma(p, r, zero + 1.0)
+    p = tl.fma(p, r, zero + 1.0)
+    whole = n.to(tl.int32)
+    half = whole >> 1
+    return p * _power_of_two(half) * _power_of_two(whole - half)
+
+
+@triton.jit
+def _power_of_two(n):
+    return ((n + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _token(x, other, k, K, factor, SOURCE: tl.constexpr):
     """Channels k of the token, float32; 0 past the last."""
     v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-    if NORM is not None:
-        w = tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
+    if SOURCE == "silu_mul":
+        u = tl.load(other + k, mask=k < K, other=0.0).to(tl.float32)
+        v = tl.div_rn(v, 1.0 + _exp_negative(v)).to(x.dtype.element_ty).to(tl.float32) * u
+        v = v.to(x.dtype.element_ty).to(tl.float32)
+    elif SOURCE is not None:
+        w = tl.load(other + k, mask=k < K, other=0.0).to(tl.float32)
         v = v * factor
-        if NORM == "after_cast":
+        if SOURCE == "after_cast":
             v = w * v.to(x.dtype.element_ty).to(tl.float32)
-        elif NORM == "one_plus":
+        elif SOURCE == "one_plus":
             v = v * (1.0 + w)
         else:
             v = v * w
@@ -71,7 +100,7 @@ def _salient(mask, k, K):
 
 @triton.jit
 def _extremes(
-    x, weight, mask, K, factor, BLOCK: tl.constexpr, SEPARATE: tl.constexpr, COMPAT: tl.constexpr, NORM: tl.constexpr
+    x, other, mask, K, factor, BLOCK: tl.constexpr, SEPARATE: tl.constexpr, COMPAT: tl.constexpr, SOURCE: tl.constexpr
 ):
     """min and max of the channels that set the asymmetric range, the largest salient magnitude, whether all are finite."""
     start: tl.constexpr = float("inf") if COMPAT else 0.0
@@ -81,7 +110,7 @@ def _extremes(
     odd = tl.zeros((BLOCK,), tl.int32)
     for begin in range(0, K, BLOCK):
         k = begin + tl.arange(0, BLOCK)
-        v = _token(x, weight, k, K, factor, NORM)
+        v = _token(x, other, k, K, factor, SOURCE)
         odd |= ((v.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= 0x7F800000).to(tl.int32)
         counts = k < K
         if SEPARATE:
@@ -137,15 +166,16 @@ def _root_mean_square(x, K, epsilon, BLOCK: tl.constexpr):
 
 @triton.jit
 def spike_encode(
-    x, weight, mask, normed, codes, scale, code_sum, zero, epsilon, clip, K, low_count, groups, code_stride, salient_at,
+    x, other, mask, made, codes, scale, code_sum, zero, epsilon, clip, K, low_count, groups, code_stride, salient_at,
     BITS: tl.constexpr, STEPS: tl.constexpr, SEPARATE: tl.constexpr, COMPAT: tl.constexpr, RANGES: tl.constexpr,
-    ALL_SALIENT: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
+    ALL_SALIENT: tl.constexpr, GROUP: tl.constexpr, SOURCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Token program_id(0): x [M, K] -> codes int8 [M, code_stride], scale and zero [M, RANGES], code_sum [M, groups].
 
     Two ranges: the salient channels' codes begin at salient_at. Codes between the ranges and the row's end are filled with
-    zeros. mask: bool [K] or None. NORM: how RMSNorm's weight [K] is applied (ranvier.reference.spike_rms_norm), None without;
-    normed: [M, K] for what it gives, or None.
+    zeros. mask: bool [K] or None. SOURCE: None to encode x; "silu_mul": silu(x) other, of other [M, K];
+    else RMSNorm(x) with the weight other [K], applied as ranvier.reference.spike_rms_norm says by that name. made: [M, K] for
+    what was encoded, or None.
     clip: the share of a token's range that its codes span. GROUP: channels a code sum, a power of two of one range;
     0: one sum a range; -1: spike_code_sums makes them.
     """
@@ -153,9 +183,11 @@ def spike_encode(
     x += m * K
     codes += m * code_stride
     factor = 1.0
-    if NORM is not None:
+    if SOURCE == "silu_mul":
+        other += m * K
+    elif SOURCE is not None:
         factor = _root_mean_square(x, K, epsilon, BLOCK)
-    low, high, largest, finite = _extremes(x, weight, mask, K, factor, BLOCK, SEPARATE, COMPAT, NORM)
+    low, high, largest, finite = _extremes(x, other, mask, K, factor, BLOCK, SEPARATE, COMPAT, SOURCE)
     # Quantizers of an ordinary token in place of those of one that is not finite: it gets no codes at all.
     low = tl.where(finite, low, 0.0) * clip
     high = tl.where(finite, high, 0.0) * clip
@@ -167,9 +199,9 @@ def spike_encode(
     before = 0
     for begin in range(0, K, BLOCK):
         k = begin + tl.arange(0, BLOCK)
-        v = _token(x, weight, k, K, factor, NORM)
-        if normed is not None:
-            tl.store(normed + m * K + k, v.to(normed.dtype.element_ty), mask=k < K)
+        v = _token(x, other, k, K, factor, SOURCE)
+        if made is not None:
+            tl.store(made + m * K + k, v.to(made.dtype.element_ty), mask=k < K)
         salient = _salient(mask, k, K)
         ordinary_code = _code(v, step, z, floor, ceiling, centre, gain)
         fine_code = _code(v, fine_step, fine_z, fine_floor, fine_ceiling, fine_centre, fine_gain)

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ def interpreted() -> Iterator[None]:
     Our kernels are imported anew; triton's own functions of the language, made when it was imported, are rewritten when called.
     The language is patched here, once, and put back: a call of a function would patch it each time and for good.
     """
-    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang, interpreter_builder
     from triton.runtime.jit import JITFunction
 
     def call(self: object, *args: object, **options: object) -> object:
@@ -59,6 +59,9 @@ def interpreted() -> Iterator[None]:
     kept = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     before = triton.knobs.runtime.interpret, JITFunction.__call__, InterpretedFunction.__call__
     triton.knobs.runtime.interpret = True
+    # Overflow is asserted in debug mode only, but looked for in any; that is two fifths of the time.
+    options = interpreter_builder.options
+    interpreter_builder.options = replace(options, sanitize_overflow=False)
     JITFunction.__call__ = InterpretedFunction.__call__ = call
     scopes = [_patch_lang(function) for function in (_in_the_language, triton.language.standard.sum.fn)]
     try:
@@ -67,6 +70,7 @@ def interpreted() -> Iterator[None]:
     finally:
         for scope in reversed(scopes):
             scope.restore()
+        interpreter_builder.options = options
         triton.knobs.runtime.interpret, JITFunction.__call__, InterpretedFunction.__call__ = before
         for name in names:
             sys.modules.pop(name, None)

@@ -29,8 +29,6 @@ OTHERS = {
     "csrc/machine": "the limits that benchmarks measure kernels by; not an op",
     "csrc/tests": "the C++ tests",
     "kernels/configs": "launch tables of the Triton kernels",
-    "kernels/ternary_linear.py": "the kernels of an op that comes with its own files",
-    "kernels/kv_attention.py": "the kernels of an op that comes with its own files",
     "benchmarks/gpu.py": "every Triton kernel on one GPU",
     "kernels/README.md": "what the folder is for",
     "tests/ops/test_dispatch.py": "the mechanism of ops/_declare.py, by all ops",
@@ -90,7 +88,9 @@ def test_declared_places_exist(name: str) -> None:
         assert any(name.startswith(f"{stem}_") for stem in STEMS), f"{name} has no place and shares no op's stem"
     else:
         assert {"reference", "ops", "tests"} <= set(places)
-        assert ("kernels" in places) == ("triton" in OPS[name].implementations)
+        shared = OPS[name].kernels_of
+        assert not shared or ("kernels" in STEMS[shared] and "kernels" not in places)
+        assert ("kernels" in places or bool(shared)) == ("triton" in OPS[name].implementations)
 
 
 def test_no_undeclared_place_exists() -> None:

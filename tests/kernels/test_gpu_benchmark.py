@@ -33,8 +33,10 @@ def test_value_checks_pass_on_the_cpu_and_see_an_error(gpu: ModuleType, monkeypa
     monkeypatch.setattr(gpu, "FORMATS", gpu.FORMATS[:2])
     monkeypatch.setattr(gpu, "CHECKED_LAYERS", gpu.CHECKED_LAYERS[1::2])
     monkeypatch.setattr(gpu, "CHECKED_TOKENS", (1, 8))
+    monkeypatch.setattr(gpu, "CHECKED_TERNARY", gpu.CHECKED_TERNARY[:2])
+    monkeypatch.setattr(gpu, "CHECKED_CACHES", gpu.CHECKED_CACHES[:1])
     cpu = torch.device("cpu")
-    assert gpu.check_values(cpu, "cpu")["spike_linear"] == 24
+    assert gpu.check_values(cpu, "cpu") == {"spike_linear": 24, "ternary_linear": 8, "kv_attention": 2, "spike_silu_mul": 3}
     right = torch.ones(4)
     for wrong in (torch.tensor([1.0, 1.0, 1.0, 1.1]), torch.tensor([1.0, float("nan"), 1.0, 1.0])):
         with pytest.raises(gpu.WrongValuesError, match="1 of 4 values"):

@@ -7,104 +7,53 @@ from pathlib import Path
 
 import pytest
 import torch
-from spiking import generator
+from spiking import generator, same
 from torch import Tensor
 from triton_tools import TARGETS, assert_all_fit, device, interpreted
 
-from ranvier.ops._kv_triton import attention_launches, head_order
-from ranvier.ops._triton import Launch, run
-
-
-@dataclass(frozen=True)
-class Format:
-    """A block of 64 tokens: offset and shape of its parts, each filled up to 64 bytes (csrc/kv_attention/kv_attention.h)."""
-
-    head_dim: int
-    key_salient: int
-    value_salient: int
-
-    @property
-    def padded(self) -> int:
-        return -(-self.head_dim // 32) * 32
-
-    @property
-    def sections(self) -> dict[str, tuple[int, int]]:
-        keys, values = 32 * -(-self.key_salient // 4), 128 * -(-self.value_salient // 16)
-        sizes = {
-            "key_codes": 32 * self.padded, "key_bits": keys, "key_scale": 128, "key_zero": 128,
-            "value_codes": 32 * self.padded, "value_bits": values, "value_scale": 128, "value_zero": 128, "end": 0,
-        }  # fmt: skip
-        at, found = 0, {}
-        for name, size in sizes.items():
-            found[name] = (at, size)
-            at += -(-size // 64) * 64
-        return found
-
-    @property
-    def block_bytes(self) -> int:
-        return self.sections["end"][0]
-
-
-def packed(codes: Tensor, scale: Tensor, zero: Tensor, salient: int, form: Format, *, keys: bool) -> Tensor:
-    """One head's tokens [T, D] with their salient channels first, by the header's words: uint8 [T / 64, block_bytes]."""
-    tokens, channels = codes.shape
-    out = torch.zeros(tokens // 64, form.block_bytes, dtype=torch.uint8)
-    name = "key" if keys else "value"
-    t, p = torch.arange(64)[:, None], torch.arange(channels)[None, :]
-    if keys:
-        unit, wide = p // 4, -(-salient // 4)
-        place = (t // 16 * (form.padded // 8) + unit // 2) * 64 + t % 16 * 4 + p % 4
-        bit, line = t % 16 * 4 + p % 4, (t // 16) * wide + unit
-    else:
-        unit, wide = p // 16, -(-salient // 16)
-        place = (t // 4 * (form.padded // 32) + unit // 2) * 64 + p % 16 * 4 + t % 4
-        bit, line = p % 16 * 4 + t % 4, (t // 4) * wide + unit
-    for block, part in zip(out, codes.view(-1, 64, channels), strict=True):
-        nibbles = (part >> 1) << (4 * (unit % 2)).to(torch.uint8)
-        block.index_put_((form.sections[f"{name}_codes"][0] + place,), nibbles, accumulate=True)
-        kept = (p < salient).expand_as(part)
-        at = (form.sections[f"{name}_bits"][0] + line * 8 + bit // 8)[kept]
-        block.index_put_((at,), ((part & 1) << (bit % 8).to(torch.uint8))[kept], accumulate=True)
-    for suffix, values in (("scale", scale), ("zero", zero)):
-        at = form.sections[f"{name}_{suffix}"][0]
-        out[:, at : at + 128] = values.half().view(-1, 64).contiguous().view(torch.uint8)
-    return out
+from ranvier.ops import KVFormat, kv_decode
+from ranvier.ops._kv_triton import attention_launches, encode_launches
+from ranvier.ops._triton import Launch
+from ranvier.ops.kv_attention import cpu_encode, triton, triton_encode
 
 
 @dataclass
 class Cache:
-    form: Format
+    form: KVFormat
     bytes: Tensor  # [B, H_kv, blocks, block_bytes]
     key_mask: Tensor
     value_mask: Tensor
     keys: Tensor  # float64 [B, H_kv, T, D], what the codes stand for
     values: Tensor
 
+    @property
+    def masks(self) -> tuple[Tensor, Tensor]:
+        return self.key_mask, self.value_mask
+
+
+def some_masks(form: KVFormat, kv_heads: int, fewer: int = 0) -> tuple[Tensor, Tensor]:
+    """As many salient channels as the format has room for; each further head ``fewer`` less."""
+    g = generator(form.head_dim)
+    masks = []
+    for count in (form.key_salient, form.value_salient):
+        mask = torch.zeros(kv_heads, form.head_dim, dtype=torch.bool)
+        for h in range(kv_heads):
+            mask[h, torch.randperm(form.head_dim, generator=g)[: max(0, count - fewer * h)]] = True
+        masks.append(mask)
+    return tuple(masks)
+
 
 def a_cache(
     batch: int, kv_heads: int, tokens: int, channels: int, salient: tuple[int, int], nan_at: int | None = None
 ) -> Cache:
-    g = generator(tokens + channels)
-    form = Format(channels, *salient)
-    masks, floats = [], []
-    cache = torch.zeros(batch, kv_heads, tokens // 64, form.block_bytes, dtype=torch.uint8)
-    for keys, count in ((True, salient[0]), (False, salient[1])):
-        mask = torch.zeros(kv_heads, channels, dtype=torch.bool)
-        for h in range(kv_heads):
-            mask[h, torch.randperm(channels, generator=g)[:count]] = True
-        codes = torch.randint(0, 31, (batch, kv_heads, tokens, channels), generator=g, dtype=torch.uint8)
-        codes = torch.where(mask[None, :, None], codes, codes & 30)
-        scale = (torch.rand(batch, kv_heads, tokens, 1, generator=g) * 0.2 + 1e-3).half()
-        zero = (-3 * torch.rand(batch, kv_heads, tokens, 1, generator=g)).half()
-        if nan_at is not None:
-            scale[:, :, nan_at] = float("nan")
-        order = head_order(mask)
-        for b in range(batch):
-            for h in range(kv_heads):
-                cache[b, h] |= packed(codes[b, h][:, order[h]], scale[b, h], zero[b, h], count, form, keys=keys)
-        masks.append(mask)
-        floats.append(zero.double() + scale.double() * codes.double())
-    return Cache(form, cache, *masks, *floats)
+    """Filled by the CPU kernel."""
+    g, form = generator(tokens + channels), KVFormat(channels, *salient)
+    keys, values = (torch.randn(batch, kv_heads, tokens, channels, generator=g) for _ in range(2))
+    if nan_at is not None:
+        keys[:, :, nan_at], values[:, :, nan_at] = float("nan"), float("nan")
+    masks, packed = some_masks(form, kv_heads), form.empty(batch, kv_heads, form.blocks(tokens))
+    cpu_encode(keys, values, packed, *masks, torch.zeros(batch, dtype=torch.int64), *salient)
+    return Cache(form, packed, *masks, *(x.double() for x in kv_decode(packed, *masks, tokens, form=form)))
 
 
 def attended(query: Tensor, cache: Cache, lengths: Tensor, starts: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
@@ -127,17 +76,52 @@ def attended(query: Tensor, cache: Cache, lengths: Tensor, starts: Tensor | None
 
 
 def ours(query: Tensor, cache: Cache, lengths: Tensor, starts: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-    out = torch.full(query.shape, float("nan"), dtype=query.dtype)
-    given = (cache.bytes, cache.key_mask, cache.value_mask, lengths, starts, mask, query.shape[-1] ** -0.5)
+    salient = cache.form.key_salient, cache.form.value_salient
     with interpreted():
-        run(attention_launches(cache.form, query, *given, out))
-    return out
+        return triton(query, cache.bytes, *cache.masks, lengths, starts, mask, *salient, query.shape[-1] ** -0.5)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("channels", "salient", "tokens", "positions", "dtype"),
+    [
+        (64, (7, 9), 5, (0, 3), torch.float32), (80, (0, 17), 9, (61, 62), torch.bfloat16),
+        (32, (32, 0), 10, (60, 119), torch.float16), (128, (13, 13), 1, (126, 65), torch.float32),
+    ],
+)  # fmt: skip
+def test_tokens_are_packed_as_the_cpu_packs_them(
+    channels: int, salient: tuple[int, int], tokens: int, positions: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Every byte of the cache, those of other tokens and of fewer salient channels included, and the scales; strided tokens."""
+    form, g = KVFormat(channels, *salient), generator(channels)
+    before = torch.randint(0, 256, (2, 2, 3, form.block_bytes), dtype=torch.uint8, generator=g)
+    key, value = (torch.randn(2, tokens, 2, channels, generator=g).to(dtype).transpose(1, 2) for _ in range(2))
+    key[0, 1, 0, 3], value[1, 0, -1, 0] = float("nan"), float("inf")
+    given = (*some_masks(form, 2, fewer=1), torch.tensor(positions), *salient)
+    expected, got = before.clone(), before.clone()
+    scales = cpu_encode(key, value, expected, *given)
+    with interpreted():
+        assert same(triton_encode(key, value, got, *given), scales)
+    assert torch.equal(got, expected) and not torch.equal(got, before)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("position", [-3, 60])
+def test_tokens_beyond_the_cache_are_not_stored(position: int) -> None:
+    """Their scales are NaN; the bytes around the cache keep their values."""
+    form, masks = KVFormat(32, 5, 5), some_masks(KVFormat(32, 5, 5), 1)
+    room = torch.full((3, form.block_bytes), 170, dtype=torch.uint8)
+    cache, key = room[1:2].view(1, 1, 1, -1), torch.randn(1, 1, 7, 32, generator=generator(1))
+    with interpreted():
+        scales = triton_encode(key, key, cache, *masks, torch.tensor([position]), 5, 5)
+    at = position + torch.arange(7)
+    assert torch.equal(scales[0, 0, 0].isnan(), (at < 0) | (at > 63)) and bool((room[::2] == 170).all())
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("kv_heads", "group", "queries", "channels", "salient"),
-    [(2, 1, 1, 64, (7, 9)), (1, 4, 1, 128, (13, 13)), (1, 2, 3, 80, (0, 17)), (1, 7, 3, 32, (32, 0))],
+    [(2, 1, 1, 64, (7, 9)), (1, 2, 3, 80, (0, 17)), (1, 7, 3, 32, (32, 0))],
 )
 def test_attention_is_the_formulas(kv_heads: int, group: int, queries: int, channels: int, salient: tuple[int, int]) -> None:
     """Splits, heads that share a cache, several queries, lengths within a block, left padding and a mask.
@@ -149,7 +133,7 @@ def test_attention_is_the_formulas(kv_heads: int, group: int, queries: int, chan
     query = torch.randn(2, kv_heads * group, queries, channels, generator=generator(3))
     lengths, starts = torch.tensor([320, 71]), torch.tensor([5, 68])
     mask = torch.randn(2, kv_heads * group, queries, 300, generator=generator(4))
-    for given in ((lengths, None, None), (lengths, starts, None), (lengths, starts, mask)):
+    for given in ((lengths, None, None), (lengths, starts, mask)):
         truth = attended(query, cache, *given, channels**-0.5)
         assert float((ours(query, cache, *given).double() - truth).abs().max()) < 1e-3
 
@@ -177,12 +161,20 @@ def test_only_who_sees_a_nan_gets_it() -> None:
 
 
 def launches(channels: int) -> list[Launch]:
-    form = Format(channels, channels // 10, channels // 10)
+    form = KVFormat(channels, channels // 10, channels // 10)
     query = torch.empty(1, 32, 1, channels, dtype=torch.bfloat16)
-    masks = [torch.zeros(8, channels, dtype=torch.bool) for _ in range(2)]
-    cache = torch.empty(1, 8, 64, form.block_bytes, dtype=torch.uint8)
+    masks = some_masks(form, 8)
+    cache = form.empty(1, 8, 64)
     out = torch.empty_like(query)
     return attention_launches(form, query, cache, *masks, torch.tensor([4096]), None, None, 0.1, out)
+
+
+def encoding() -> list[Launch]:
+    form, x = KVFormat(128, 13, 13), torch.empty(1, 8, 1, 128, dtype=torch.bfloat16)
+    masks, cache, at = some_masks(form, 8), form.empty(1, 8, 64), torch.tensor([4096])
+    steps = torch.empty(8, 1)
+    kinds = zip(masks, ("key", "value"), strict=True)
+    return [launch for mask, kind in kinds for launch in encode_launches(form, x, cache, mask, at, steps, kind)]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -190,5 +182,5 @@ def test_shapes_fit(target: str, tmp_path: Path) -> None:
     """Every shape of the table compiles within the processor's memory and registers, without spills."""
     used: set = set()
     with device(target, used):
-        made = launches(128) + launches(256)[:1]
+        made = launches(256) + encoding()
     assert_all_fit("kv_attention", target, made, used, tmp_path)

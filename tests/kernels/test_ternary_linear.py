@@ -2,78 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import pytest
 import torch
-from spiking import generator, random_mask
+from spiking import generator, random_mask, same
 from torch import Tensor
 from triton_tools import TARGETS, assert_all_fit, device, interpreted
 
-from ranvier.ops import PackedWeight, SpikeFormat
-from ranvier.ops._spike_triton import encode_launches
-from ranvier.ops._ternary_triton import ternary_codes, ternary_launches, ternary_places
-from ranvier.ops._triton import Launch, run
+from ranvier.ops import PackedWeight
+from ranvier.ops._ternary_triton import ternary_launches, ternary_places
+from ranvier.ops._triton import Launch
 from ranvier.ops.spike_encode import outputs_at
-from ranvier.ops.spike_linear import _by_block, pack_codes
-from ranvier.reference.spike_encode import channel_order, spike_encode
+from ranvier.ops.ternary_linear import (
+    TernaryFormat,
+    _arguments,
+    cpu_dynamic,
+    dequantize_ternary,
+    pack_ternary,
+    ternary_format,
+    triton_codes,
+    triton_dynamic,
+)
+from ranvier.reference.weight_only_linear import TOP
 
 N = 70
 
 
-@dataclass(frozen=True)
-class Format(SpikeFormat):
-    """Tokens of one scale with their salient channels last."""
-
-    @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        mixed = 0 < self.salient_count < self.channels
-        return (self.channels - self.salient_count, self.salient_count) if mixed else (self.channels,)
-
-
-def format_of(mask: Tensor, act_bits: int = 8) -> Format:
-    return Format(mask.numel(), int(mask.sum()), act_bits, 1, "shared", "consistent", 0)
-
-
-def two_bit(q: Tensor) -> Tensor:
-    """q uint8 [N, K] -> [N/32, K/8, 64]; bits 0, 2, 4, 6 of byte 4 i + j: output i or 16 + i in turn, channels j then 4 + j."""
-    q = torch.nn.functional.pad(q, (0, -q.shape[1] % 8, 0, -q.shape[0] % 32))
-    packed = torch.zeros(q.shape[0] // 32, q.shape[1] // 8, 64, dtype=torch.uint8)
-    for field, (upper, more) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
-        for i in range(16):
-            for j in range(4):
-                packed[:, :, 4 * i + j] |= q[16 * upper + i :: 32, 4 * more + j :: 8] << (2 * field)
-    return packed
-
-
-def layer(form: Format, mask: Tensor) -> tuple[Tensor, Tensor, PackedWeight]:
-    """q [N, K] in the layer's order, zero [N, R], and the packed weight with scales that are powers of two."""
+def layer(form: TernaryFormat, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, PackedWeight]:
+    """q [N, K], scale and zero [N, 2] of ordinary and salient channels, and the packed weight; scales are powers of two."""
     g = generator(form.channels)
     q = torch.randint(0, 4, (N, form.channels), generator=g, dtype=torch.uint8)
     q = torch.where(mask, torch.randint(0, 16, q.shape, generator=g, dtype=torch.uint8), q)
-    ranges = len(form.lengths)
-    zero = torch.randint(0, 16, (N, ranges), generator=g, dtype=torch.uint8)
-    scale = torch.exp2(torch.randint(-3, 1, (N, ranges), generator=g).float())
-    parts = q[:, channel_order(mask)].split(form.lengths, 1)
-    salient = [bool(mask.all())] if ranges == 1 else [False, True]
-    packed = [pack_codes(p, [p.shape[1]]) if s else two_bit(p) for p, s in zip(parts, salient, strict=True)]
-    return q, zero, PackedWeight(torch.cat(packed, 1), _by_block(scale), _by_block(zero), None)
-
-
-def exact(
-    codes: Tensor, code_scale: Tensor, q: Tensor, zero: Tensor, weight: PackedWeight, mask: Tensor, bias: Tensor
-) -> Tensor:
-    """The formula in float64, integers in int64."""
-    scale = weight.scale.transpose(1, 2).reshape(-1, zero.shape[1])[:N].double()
-    y = bias.double()
-    for r in range(zero.shape[1]):
-        chosen = mask == bool(r) if zero.shape[1] == 2 else torch.ones_like(mask)
-        y = y + code_scale.double() * scale[:, r] * (
-            codes[:, chosen].long() @ (q.long() - zero.long()[:, r : r + 1])[:, chosen].T
-        )
-    return y
+    zero = torch.randint(0, 16, (N, 2), generator=g, dtype=torch.uint8)
+    scale = torch.exp2(torch.randint(-3, 1, (N, 2), generator=g).float())
+    return q, scale, zero, pack_ternary(q, scale, zero, mask, form)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -81,41 +44,55 @@ def exact(
 def test_products_are_exact(share: float, channels: int) -> None:
     """Scales are powers of two and sums stay below 2^24, so float32 holds every result: gemv and gemm equal the formula."""
     mask = random_mask(channels, share, generator(3))
-    form = format_of(mask)
-    q, zero, weight = layer(form, mask)
+    form = ternary_format(channels, int(mask.sum()))
+    q, scale, zero, weight = layer(form, mask)
     g = generator(9)
     bias = torch.randint(-50, 50, (N,), generator=g).float()
+    kind = mask.long()
+    value = (scale[:, kind] * (q.float() - zero[:, kind])).double()
     for tokens in (1, 5, 18):
         codes = torch.randint(-127, 128, (tokens, channels), generator=g, dtype=torch.int8)
         code_scale = torch.exp2(torch.randint(-2, 2, (tokens, 1), generator=g).float())
-        y = torch.empty(tokens, N)
         with interpreted():
-            run(ternary_launches(form, ternary_codes(form, codes, code_scale, mask), weight, bias, y, N))
-        assert torch.equal(y.double(), exact(codes, code_scale, q, zero, weight, mask, bias))
+            y = triton_codes(codes, code_scale, *_arguments(weight, mask, bias, N, form.salient_count), torch.float32)
+        assert torch.equal(y.double(), bias.double() + code_scale.double() * (codes.double() @ value.T))
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("act_bits", [4, 8])
-def test_encode_kernel_writes_these_codes(act_bits: int) -> None:
-    """spike_encode's kernel gives, with this format, what the product reads: codes, both sums, the one scale twice."""
-    mask = random_mask(77, 0.2, generator(3))
-    form = format_of(mask, act_bits)
+@pytest.mark.parametrize(("share", "act_bits", "clip"), [(0.2, 8, 1.0), (0.2, 4, 0.7), (0.0, 8, 0.5), (1.0, 4, 1.0)])
+def test_activations_have_the_cpus_bits(share: float, act_bits: int, clip: float) -> None:
+    """Encoded and multiplied as the CPU does it, a token that is not finite among them; no tokens give no outputs."""
+    mask = random_mask(77, share, generator(3))
+    form = ternary_format(77, int(mask.sum()), act_bits)
+    *_, weight = layer(form, mask)
     x = torch.randn(4, 77, generator=generator(4))
-    out = outputs_at(x, form, ternary_places(form))
+    x[2, 7] = float("inf")
+    rest = (*_arguments(weight, mask, torch.randn(N, generator=generator(5)), N, form.salient_count), act_bits, clip)
     with interpreted():
-        run(encode_launches(form, x, mask, out, ternary_places(form)))
-    plain = spike_encode(x, torch.zeros_like(mask), **form.rule, group_size=None)
-    expected = ternary_codes(form, plain.codes, plain.scale, mask)
-    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+        assert same(triton_dynamic(x, *rest), cpu_dynamic(x, *rest))
+        assert triton_dynamic(x[:0], *rest).shape == (0, N)
 
 
-def launches(tokens: int, outputs: int) -> list[Launch]:
-    mask = torch.zeros(4096, dtype=torch.bool)
-    mask[:512] = True
-    form = format_of(mask)
-    strips = -(-outputs // 32)
-    packed = torch.empty(strips, 3584 // 8 + 512 // 4, 64, dtype=torch.uint8)
-    weight = PackedWeight(packed, torch.empty(strips, 2, 32), torch.empty(strips, 2, 32, dtype=torch.uint8), None)
+@pytest.mark.usefixtures("poisoned")
+def test_weight_only_takes_digits() -> None:
+    """Three digits of float32: within half a step of each activation and the rounding of three products of 77 terms."""
+    mask = random_mask(77, 0.2, generator(3))
+    form = ternary_format(77, int(mask.sum()))
+    *_, weight = layer(form, mask)
+    x, bias = torch.randn(9, 77, generator=generator(4)), torch.randn(N, generator=generator(5))
+    with interpreted():
+        y = triton_dynamic(x, *_arguments(weight, mask, bias, N, form.salient_count), 0)
+    value = dequantize_ternary(weight, mask, form, N).double()
+    truth, size = bias.double() + x.double() @ value.T, bias.double().abs() + x.double().abs() @ value.T.abs()
+    half_step = x.double().abs().amax(1, keepdim=True) / TOP[3] / 2 * value.abs().sum(1)
+    assert bool(((y.double() - truth).abs() <= half_step + 8 * 2.0**-24 * size).all())
+
+
+def launches(tokens: int, outputs: int, salient: int) -> list[Launch]:
+    form = ternary_format(4096, salient)
+    strips, ranges = -(-outputs // 32), len(form.lengths)
+    tables = torch.empty(strips, ranges, 32), torch.empty(strips, ranges, 32, dtype=torch.uint8)
+    weight = PackedWeight(torch.empty(strips, sum(form.blocks), 64, dtype=torch.uint8), *tables, None)
     encoded = outputs_at(torch.empty(tokens, 4096), form, ternary_places(form))
     return ternary_launches(form, encoded, weight, None, torch.empty(tokens, outputs, dtype=torch.bfloat16), outputs)
 
@@ -125,7 +102,8 @@ def test_shapes_fit(target: str, tmp_path: Path) -> None:
     """Every shape of the table compiles within the processor's memory and registers, without spills."""
     used: set = set()
     with device(target, used):
-        made = [launches(*sizes)[0] for sizes in ((1, 2048), (1, 4096), (8, 4096), (64, 4096), (2048, 4096))]
+        shapes = ((1, 2048, 0), (1, 4096, 0), (8, 4096, 512), (64, 4096, 512), (2048, 4096, 0))
+        made = [launches(*shape)[0] for shape in shapes]
     for launch, needs in zip(made, assert_all_fit("ternary_linear", target, made, used, tmp_path), strict=True):
         if target == "sm_90" and launch.kernel.endswith("gemm"):
             assert "wgmma.mma_async" in needs.text

@@ -64,6 +64,7 @@ class Op:
     dtypes: tuple[torch.dtype, ...]
     differentiable: bool = False
     exact: bool = False
+    kernels_of: str = ""
     overload: Any = field(default=None, repr=False)
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
@@ -113,6 +114,7 @@ def declare(
     exact: bool = False,
     autocast: bool = False,
     places: tuple[str, ...],
+    kernels_of: str = "",
     dtypes: tuple[torch.dtype, ...],
 ) -> Op:
     """Define an op and return what calls it.
@@ -121,12 +123,15 @@ def declare(
     shapes; reference, cpu and triton compute; backward and setup_context are torch.library's, and exact says that they are
     the derivative itself and no straight-through one. With autocast the first
     argument is cast as torch's own linear casts it. places lists where the op's stem is found (reference, csrc, kernels,
-    ops, nn, tests, benchmarks; none for an op that shares another's stem); a test walks them. dtypes are those that check
+    ops, nn, tests, benchmarks; none for an op that shares another's stem); a test walks them. kernels_of names
+    the op whose Triton kernels this one launches where it has no file of its own. dtypes are those that check
     allows the first tensor.
     """
     name = schema.split("(", 1)[0]
     given = {"cpu": cpu, "triton": triton, "reference": reference}
-    op = Op(name, places, {k: v for k, v in given.items() if v is not None}, check, dtypes, backward is not None, exact)
+    op = Op(
+        name, places, {k: v for k, v in given.items() if v is not None}, check, dtypes, backward is not None, exact, kernels_of
+    )
     LIBRARY.define(schema)
     op.overload = getattr(torch.ops.ranvier, name).default
 

@@ -7,15 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ranvier.ops._kv_layout import head_order
 from ranvier.ops._spike_triton import _power_of_two
 from ranvier.ops._triton import Launch, configuration
 
 LOG2_E = 1.4426950408889634
-
-
-def head_order(mask: Tensor) -> Tensor:
-    """Salient channels first, both parts ascending: int64 [kv_heads, D], the channel at each place of the cache."""
-    return torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True).contiguous()
 
 
 def attention_launches(
@@ -73,3 +69,24 @@ def attention_launches(
         Launch("kv_attention", "kv_attention_split", grid, split, options),
         Launch("kv_attention", "kv_attention_join", (batch * kv_heads, rows), join, {"num_warps": 4}),
     ]
+
+
+def encode_launches(
+    form: Any, x: Tensor, cache: Tensor, mask: Tensor, positions: Tensor, steps: Tensor, kind: str
+) -> list[Launch]:
+    """What writes x [B, H_kv, L, D] into the cache and its scales into steps [B, H_kv, L]. kind: "key" or "value"."""
+    batch, kv_heads, tokens, channels = x.shape
+    if x.numel() == 0:
+        return []
+    offset, keys = {name: at for name, (at, _) in form.sections.items()}, kind == "key"
+    wide = -(-form.key_salient // 4) if keys else -(-form.value_salient // 16)
+    arguments = {
+        "x": x, "cache": cache, "order": head_order(mask), "mask": mask.contiguous(), "positions": positions.contiguous(),
+        "steps": steps, "D": channels, "tokens": tokens, "kv_heads": kv_heads, "blocks": cache.shape[2],
+        "block_bytes": form.block_bytes, "codes_at": offset[f"{kind}_codes"], "bits_at": offset[f"{kind}_bits"],
+        "scale_at": offset[f"{kind}_scale"], "lines": form.padded // (8 if keys else 32), "wide": wide,
+        **dict(zip(("x_b", "x_h", "x_t"), x.stride()[:3], strict=True)),
+        "PADDED": max(32, _power_of_two(form.padded)), "WIDE": _power_of_two(wide), "KEYS": keys,
+    }  # fmt: skip
+    grid = (batch * kv_heads, tokens // 4 + 2)
+    return [Launch("kv_attention", "kv_attention_encode", grid, arguments, {"num_warps": 4})]

@@ -30,6 +30,13 @@ class Norm(NamedTuple):
     out: Tensor | None = None  # [..., K] like x, filled with the normalised tokens
 
 
+class Gate(NamedTuple):
+    """silu(x) times ``up`` before encoding, and the result."""
+
+    up: Tensor  # [..., K] like x
+    out: Tensor | None = None
+
+
 class Places(NamedTuple):
     """Where the codes of a token lie: its row's length and the beginning of its second range."""
 
@@ -57,27 +64,29 @@ def encode_launches(
     mask: Tensor | None,
     out: SpikeCodes,
     places: Places,
-    norm: Norm | None = None,
+    source: Norm | Gate | None = None,
 ) -> list[Launch]:
-    """What fills ``out`` with the codes of x [..., K], or of RMSNorm(x)."""
+    """What fills ``out`` with the codes of x [..., K], of RMSNorm(x) or of silu(x) up."""
     x, tokens, group = plain(x), x.numel() // form.channels, form.group_size
     use, options = configuration("spike_encode", "spike_encode", x.device, k=form.channels, m=tokens)
     block = min(use["block"], max(16, _power_of_two(form.channels)))
     # A sum a group comes along where groups are whole pieces of the tile; else a second kernel adds the codes up.
     along = len(form.lengths) == 1 and group and group == _power_of_two(group) and group <= block
+    norm = source if isinstance(source, Norm) else None
+    other = norm.weight.contiguous() if norm else source and plain(source.up)
     first = Launch(
         "spike_encode", "spike_encode", (tokens,),
         {
-            "x": x, "weight": norm and norm.weight.contiguous(), "normed": norm and norm.out,
+            "x": x, "other": other, "made": source and source.out,
             "mask": None if mask is None or not form.salient_count else mask.contiguous(),
             "codes": out.codes, "scale": out.scale, "code_sum": out.code_sum, "zero": out.zero,
-            "epsilon": norm.epsilon if norm else 0.0, "clip": getattr(form, "act_clip", 1.0),
+            "epsilon": norm.epsilon if norm else 0.0, "clip": form.act_clip,
             "K": form.channels, "low_count": form.channels - form.salient_count,
             "groups": sum(form.groups), "code_stride": places.stride, "salient_at": places.salient_at,
             "BITS": form.act_bits, "STEPS": form.steps, "SEPARATE": form.span == "separate",
             "COMPAT": form.grid == "compat", "RANGES": len(form.lengths),
             "ALL_SALIENT": form.salient_count == form.channels, "GROUP": (group if along else -1) if group else 0,
-            "NORM": norm and norm.weighting, "BLOCK": block,
+            "SOURCE": norm.weighting if norm else source and "silu_mul", "BLOCK": block,
         }, options,
     )  # fmt: skip
     if not group or along:

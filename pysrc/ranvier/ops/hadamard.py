@@ -15,6 +15,7 @@ from torch import Tensor
 from ranvier import _C
 from ranvier.ops._args import DTYPES, MAX_CHANNELS, check_float, plain
 from ranvier.ops._declare import declare
+from ranvier.ops._triton import Launch, run
 from ranvier.reference import hadamard as reference
 from ranvier.reference.hadamard import hadamard_core, hadamard_order
 
@@ -70,6 +71,35 @@ def cpu(x: Tensor, order: int, transpose: bool) -> Tensor:
     return y
 
 
+def launches(x: Tensor, order: int, matrix: Tensor | None, y: Tensor) -> list[Launch]:
+    """What fills y, contiguous like x: pieces by one kernel, then the core, where matrix [m, m] is one, by another."""
+    core = 1 if matrix is None else matrix.shape[0]
+    rows, piece = x.numel() // order, order // core
+    scale = float(1 / torch.tensor(order, dtype=torch.float64).sqrt())
+    middle = y if matrix is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    steps = piece.bit_length() - 1
+    pieces = {"x": x, "y": middle, "scale": scale if matrix is None else 1.0, "P": piece, "STEPS": steps}
+    options = {"num_warps": max(4, min(piece // 512, 16))}
+    made = [Launch("hadamard", "hadamard_pieces", (rows * core,), pieces, options)]
+    if matrix is not None:
+        block = min(128, max(16, piece))
+        across = {"x": middle, "matrix": matrix, "y": y, "scale": scale, "M": core, "p": piece, "BLOCK_M": 16, "BLOCK_P": block}
+        made.append(Launch("hadamard", "hadamard_core", (rows, -(-core // 16), -(-piece // block)), across, {"num_warps": 4}))
+    return made
+
+
+@functools.cache
+def _matrix_on(core: int, transpose: bool, device: torch.device) -> Tensor:
+    return _matrix(core, transpose).to(device)
+
+
+def triton(x: Tensor, order: int, transpose: bool) -> Tensor:
+    x, core = plain(x), hadamard_core(order)
+    y = torch.empty_like(x)
+    run(launches(x, order, _matrix_on(core, transpose, x.device) if core > 1 else None, y))
+    return y
+
+
 def setup_context(ctx, inputs, output) -> None:
     _, ctx.order, ctx.transpose = inputs
 
@@ -83,11 +113,12 @@ op = declare(
     check=check,
     fake=fake,
     cpu=cpu,
+    triton=triton,
     reference=reference.hadamard,
     backward=backward,
     setup_context=setup_context,
     exact=True,
-    places=("reference", "csrc", "ops", "nn", "tests", "benchmarks"),
+    places=("reference", "csrc", "kernels", "ops", "nn", "tests", "benchmarks"),
     dtypes=tuple(DTYPES),
 )
 

@@ -17,6 +17,8 @@ from ranvier import _C
 from ranvier.ops._args import DTYPES, check_device, check_float, check_is_tensor, pointer
 from ranvier.ops._declare import declare
 from ranvier.ops._kv_layout import BLOCK, KVFormat, pack_keys, pack_values, unpack_keys, unpack_values
+from ranvier.ops._kv_triton import attention_launches, encode_launches
+from ranvier.ops._triton import run
 from ranvier.reference import kv_attention as reference
 
 ENCODE_SCHEMA = (
@@ -135,6 +137,16 @@ def cpu_encode(
     return steps
 
 
+def triton_encode(
+    key: Tensor, value: Tensor, cache: Tensor, key_mask: Tensor, value_mask: Tensor, positions: Tensor,
+    key_salient: int, value_salient: int,
+) -> Tensor:  # fmt: skip
+    form, steps = KVFormat(key.shape[3], key_salient, value_salient), fake_encode(key)
+    run(encode_launches(form, _rows(key), cache, key_mask, positions, steps[0], "key"))
+    run(encode_launches(form, _rows(value), cache, value_mask, positions, steps[1], "value"))
+    return steps
+
+
 def reference_encode(
     key: Tensor, value: Tensor, cache: Tensor, key_mask: Tensor, value_mask: Tensor, positions: Tensor,
     key_salient: int, value_salient: int,
@@ -189,6 +201,17 @@ def cpu(
     return out
 
 
+def triton(
+    query: Tensor, cache: Tensor, key_mask: Tensor, value_mask: Tensor, lengths: Tensor, starts: Tensor | None,
+    mask: Tensor | None, key_salient: int, value_salient: int, scale: float,
+) -> Tensor:  # fmt: skip
+    form = KVFormat(query.shape[3], key_salient, value_salient)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    mask = None if mask is None else _float_mask(mask, query.shape[:3])
+    run(attention_launches(form, _rows(query), cache, key_mask, value_mask, lengths, starts, mask, scale, out))
+    return out
+
+
 def reference_attention(
     query: Tensor, cache: Tensor, key_mask: Tensor, value_mask: Tensor, lengths: Tensor, starts: Tensor | None,
     mask: Tensor | None, key_salient: int, value_salient: int, scale: float,
@@ -208,12 +231,12 @@ def reference_attention(
 
 
 encode_op = declare(
-    ENCODE_SCHEMA, check=check_encode, fake=fake_encode, cpu=cpu_encode, reference=reference_encode, places=(),
-    dtypes=tuple(DTYPES),
+    ENCODE_SCHEMA, check=check_encode, fake=fake_encode, cpu=cpu_encode, triton=triton_encode,
+    reference=reference_encode, places=(), dtypes=tuple(DTYPES),
 )  # fmt: skip
 op = declare(
-    SCHEMA, check=check, fake=fake, cpu=cpu, reference=reference_attention,
-    places=("reference", "csrc", "ops", "tests", "benchmarks"), dtypes=tuple(DTYPES),
+    SCHEMA, check=check, fake=fake, cpu=cpu, triton=triton, reference=reference_attention,
+    places=("reference", "csrc", "kernels", "ops", "tests", "benchmarks"), dtypes=tuple(DTYPES),
 )  # fmt: skip
 
 
@@ -247,8 +270,9 @@ def kv_encode(
     finite; whoever sees such a token gets NaN.
 
     Raises ValueError for shapes that do not fit, positions beyond the cache and masks with more salient channels than the
-    format has room for, TypeError for dtypes, BackendError for a backend that cannot run. Source: SpikeLLM, arXiv 2407.04752,
-    section 3; quantized per token, as in its parent OmniQuant, so that it is causal.
+    format has room for, TypeError for dtypes, BackendError for a backend that cannot run. On a GPU, which does not read numbers
+    back, a token beyond the cache is not stored and its scale is NaN, and bits that the format has no room for are dropped.
+    Source: SpikeLLM, arXiv 2407.04752, section 3; quantized per token, as in its parent OmniQuant, so that it is causal.
     """
     check_is_tensor("kv_attention_encode", "key", key)
     form = _counts(key_mask, value_mask, form, key.shape[-1] if key.ndim else 0)
@@ -280,10 +304,11 @@ def kv_attention(
 
     Exactness: the CPU kernels read a query as 16-bit integers, step max|q| / 32512, and weights times a value's scale as
     16-bit integers per 64 tokens; both sums are exact. Against exact arithmetic on the cache's values a logit is off by at
-    most scale * step / 2 * sum_d |k^_d| and float32 rounding.
+    most scale * step / 2 * sum_d |k^_d| and float32 rounding. The GPU kernel multiplies in the query's type.
 
     Raises ValueError for shapes that do not fit and lengths beyond the cache, TypeError for dtypes, BackendError for a
-    backend that cannot run.
+    backend that cannot run. On a GPU, which does not read numbers back, lengths beyond the cache are cut to it, and a mask
+    narrower than a row's tokens adds nothing to the others.
     """
     check_is_tensor("kv_attention", "query", query)
     head_dim = query.shape[-1] if query.ndim else 0

@@ -14,8 +14,10 @@ from torch import Tensor
 from ranvier import _C
 from ranvier.ops._args import DTYPES, check_device, check_float, plain, pointer
 from ranvier.ops._declare import declare
+from ranvier.ops._spike_triton import Norm, encode_launches, packed_places
+from ranvier.ops._triton import run
+from ranvier.ops.spike_encode import _outputs, clipping, format_of, reference_encode
 from ranvier.ops.spike_encode import check as check_encoding
-from ranvier.ops.spike_encode import clipping, format_of, reference_encode
 from ranvier.ops.spike_encode import fake as fake_encoding
 from ranvier.reference import spike_rms_norm as reference
 from ranvier.reference.spike_encode import SpikeCodes
@@ -63,6 +65,13 @@ def cpu(x: Tensor, weight: Tensor, eps: float, weighting: str, mask: Tensor | No
     return y, *codes
 
 
+def triton(x: Tensor, weight: Tensor, eps: float, weighting: str, mask: Tensor | None, count: int, *rest) -> tuple:
+    form = format_of(x.shape[-1], count, *rest)
+    y, codes = x.new_empty(x.shape), _outputs(x, form)
+    run(encode_launches(form, x, mask, codes, packed_places(form), Norm(weight.to(x.dtype), eps, weighting, y)))
+    return y, *codes
+
+
 def reference_norm(x: Tensor, weight: Tensor, eps: float, weighting: str, *rest) -> tuple:
     y = reference.rms_norm(x, weight.to(x.dtype), eps, weighting)
     return y, *reference_encode(y, *rest)
@@ -73,8 +82,10 @@ op = declare(
     check=check,
     fake=fake,
     cpu=cpu,
+    triton=triton,
     reference=reference_norm,
     places=("reference", "csrc", "ops", "nn", "tests", "benchmarks"),
+    kernels_of="spike_encode",
     dtypes=tuple(DTYPES),
 )
 

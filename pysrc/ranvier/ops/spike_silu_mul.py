@@ -10,8 +10,10 @@ from torch import Tensor
 from ranvier import _C
 from ranvier.ops._args import DTYPES, check_device, check_float, check_tensor, plain, pointer
 from ranvier.ops._declare import declare
+from ranvier.ops._spike_triton import Gate, encode_launches, packed_places
+from ranvier.ops._triton import run
+from ranvier.ops.spike_encode import _outputs, clipping, format_of, reference_encode
 from ranvier.ops.spike_encode import check as check_encoding
-from ranvier.ops.spike_encode import clipping, format_of, reference_encode
 from ranvier.ops.spike_encode import fake as fake_encoding
 from ranvier.reference import spike_silu_mul as reference
 from ranvier.reference.spike_encode import SpikeCodes
@@ -46,6 +48,13 @@ def cpu(gate: Tensor, up: Tensor, mask: Tensor | None, count: int, *rest) -> tup
     return y, *codes
 
 
+def triton(gate: Tensor, up: Tensor, mask: Tensor | None, count: int, *rest) -> tuple:
+    form = format_of(gate.shape[-1], count, *rest)
+    y, codes = gate.new_empty(gate.shape), _outputs(gate, form)
+    run(encode_launches(form, gate, mask, codes, packed_places(form), Gate(up.to(gate.dtype), y)))
+    return y, *codes
+
+
 def reference_product(gate: Tensor, up: Tensor, *rest) -> tuple:
     y = reference.silu_mul(gate, up.to(gate.dtype))
     return y, *reference_encode(y, *rest)
@@ -56,8 +65,10 @@ op = declare(
     check=check,
     fake=fake,
     cpu=cpu,
+    triton=triton,
     reference=reference_product,
     places=("reference", "csrc", "ops", "nn", "tests", "benchmarks"),
+    kernels_of="spike_encode",
     dtypes=tuple(DTYPES),
 )
 

@@ -19,7 +19,11 @@ from torch import Tensor
 from ranvier import _C
 from ranvier.ops._args import DTYPES, check_channels, check_device, check_float, check_tensor, plain
 from ranvier.ops._declare import declare
-from ranvier.ops.spike_encode import SpikeFormat, clipping, reference_encode
+from ranvier.ops._digits import add_digits, digit_rows
+from ranvier.ops._spike_triton import encode_launches
+from ranvier.ops._ternary_triton import ternary_codes, ternary_launches, ternary_places
+from ranvier.ops._triton import run
+from ranvier.ops.spike_encode import SpikeFormat, clipping, outputs_at, reference_encode
 from ranvier.ops.spike_linear import (
     OUTPUT_BLOCK,
     PackedWeight,
@@ -214,6 +218,13 @@ def cpu_codes(codes: Tensor, scale: Tensor, *rest) -> Tensor:
     return y
 
 
+def triton_codes(codes: Tensor, scale: Tensor, *rest) -> Tensor:
+    form, (weight, mask, bias, out, _) = _format_of(codes.shape[-1], rest[6]), _split(rest[:-1])
+    y = fake_codes(codes, scale, *rest)
+    run(ternary_launches(form, ternary_codes(form, codes, scale, mask), weight, bias, y, out))
+    return y
+
+
 def reference_codes(codes: Tensor, scale: Tensor, *rest) -> Tensor:
     return _reference_product(codes, scale, rest[:-1], _format_of(codes.shape[-1], rest[6]), rest[-1])
 
@@ -223,8 +234,9 @@ op = declare(
     check=check_codes,
     fake=fake_codes,
     cpu=cpu_codes,
+    triton=triton_codes,
     reference=reference_codes,
-    places=("reference", "csrc", "ops", "nn", "tests", "benchmarks"),
+    places=("reference", "csrc", "kernels", "ops", "nn", "tests", "benchmarks"),
     dtypes=(torch.int8,),
 )
 
@@ -262,6 +274,20 @@ def cpu_dynamic(x: Tensor, *rest) -> Tensor:
     return y
 
 
+def triton_dynamic(x: Tensor, *rest) -> Tensor:
+    form, (weight, mask, bias, out, _) = _dynamic_format(x, rest), _split(rest[:7])
+    y = fake_dynamic(x, *rest)
+    if rest[7] == 0:
+        digits, scale = digit_rows(x)
+        products = scale.new_empty((digits.shape[0], out))
+        run(ternary_launches(form, ternary_codes(form, digits, scale, mask), weight, None, products, out))
+        return add_digits(products, bias, y)
+    places = ternary_places(form)
+    encoded = outputs_at(x, form, places)
+    run(encode_launches(form, x, mask, encoded, places) + ternary_launches(form, encoded, weight, bias, y, out))
+    return y
+
+
 def reference_dynamic(x: Tensor, *rest) -> Tensor:
     form = _dynamic_format(x, rest)
     if rest[7] == 0:
@@ -294,6 +320,7 @@ dynamic_op = declare(
     check=check_dynamic,
     fake=fake_dynamic,
     cpu=cpu_dynamic,
+    triton=triton_dynamic,
     reference=reference_dynamic,
     backward=backward,
     setup_context=setup_context,

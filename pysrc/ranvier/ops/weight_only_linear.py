@@ -9,14 +9,19 @@ weights whatever the digits, so that a single token costs what reading 4-bit wei
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ranvier import _C
 from ranvier.ops._args import DTYPES, check_channels, check_float, plain
 from ranvier.ops._declare import declare
+from ranvier.ops._digits import add_digits, digit_rows
+from ranvier.ops._spike_triton import blocked_codes, linear_launches
+from ranvier.ops._triton import run
 from ranvier.ops.spike_encode import SpikeFormat, format_of
 from ranvier.ops.spike_linear import PackedWeight, check_layer, layer_description, unpack_weight
 from ranvier.reference import weight_only_linear as reference
+from ranvier.reference.spike_encode import SpikeCodes, group_sums
 
 RULE = (8, 1, "shared", "consistent")  # a digit is a symmetric 8-bit code
 
@@ -57,6 +62,16 @@ def cpu(x: Tensor, *rest) -> Tensor:
     return y
 
 
+def triton(x: Tensor, *rest) -> Tensor:
+    weight, bias, out, form = _split(rest, x.shape[-1])
+    digits, scale = digit_rows(x)
+    sums = group_sums(digits, form.lengths, form.group_size or None)
+    encoded = SpikeCodes(blocked_codes(form, digits), scale, sums, torch.zeros_like(scale, dtype=torch.int32))
+    products = scale.new_empty((digits.shape[0], out))
+    run(linear_launches(form, encoded, weight, None, products, out))
+    return add_digits(products, bias, fake(x, *rest))
+
+
 def reference_linear(x: Tensor, *rest) -> Tensor:
     weight, bias, out, form = _split(rest, x.shape[-1])
     return reference.weight_only_linear(x, unpack_weight(weight, None, form, out), bias).to(x.dtype)
@@ -83,11 +98,13 @@ op = declare(
     check=check,
     fake=fake,
     cpu=cpu,
+    triton=triton,
     reference=reference_linear,
     backward=backward,
     setup_context=setup_context,
     autocast=True,
     places=("reference", "csrc", "ops", "tests"),
+    kernels_of="spike_linear",
     dtypes=tuple(DTYPES),
 )
 
