@@ -30,7 +30,7 @@ def test_values_are_the_cpus(order: int, channels: int, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_shapes_fit(target: str, tmp_path: Path) -> None:
-    """The widths of Llama-2-7B, 4096 = 2^12 and 11008 = 172 * 64, compile without spills and without contraction."""
+    """The widths of Llama-2-7B, 4096 = 2^12 and 11008 = 172 * 64, compile with next to no spills and without contraction."""
     for order, matrix in ((4096, None), (11008, torch.empty(172, 172))):
         x = torch.empty(2, order, dtype=torch.bfloat16)
         for launch in ops.launches(x, order, matrix, torch.empty_like(x)):

@@ -99,7 +99,7 @@ def launches(tokens: int, outputs: int, salient: int) -> list[Launch]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_shapes_fit(target: str, tmp_path: Path) -> None:
-    """Every shape of the table compiles within the processor's memory and registers, without spills."""
+    """Every shape of the table compiles within the processor's memory and registers, with next to no spills."""
     used: set = set()
     with device(target, used):
         shapes = ((1, 2048, 0), (1, 4096, 0), (8, 4096, 512), (64, 4096, 512), (2048, 4096, 0))
