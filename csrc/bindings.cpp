@@ -33,6 +33,8 @@ void raise_on(Status status, const char* entry) {
     case Status::null_pointer: throw std::invalid_argument(std::string(entry) + ": a tensor that this layer needs is missing");
     case Status::bad_mask:
       throw std::invalid_argument(std::string(entry) + ": salient_mask does not mark as many channels as salient_count says");
+    case Status::bad_codes:
+      throw std::invalid_argument(std::string(entry) + ": codes are larger than this format's; encode them by spike_encode");
     case Status::out_of_memory: throw std::bad_alloc();
   }
 }

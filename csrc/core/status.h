@@ -10,6 +10,7 @@ enum class Status : int {
   null_pointer = 3,
   out_of_memory = 4,
   bad_mask = 5,
+  bad_codes = 6,
 };
 
 }  // namespace ranvier

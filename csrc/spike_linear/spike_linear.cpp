@@ -46,8 +46,7 @@ Status check_format(const SpikeFormat& f) {
 // The kernels place a token's codes by its mask: one that marks other than K - low channels would lead them out of the row.
 Status check_tokens(const SpikeFormat& f, const std::uint8_t* mask) {
   if (const Status s = check_format(f); s != Status::ok) return s;
-  if (f.ranges == 1) return Status::ok;
-  if (mask == nullptr) return Status::null_pointer;
+  if (mask == nullptr) return f.ranges == 1 && f.low == f.K ? Status::ok : Status::null_pointer;
   std::int64_t marked = 0;
   for (std::int64_t k = 0; k < f.K; ++k) marked += mask[k] != 0;
   return marked == f.K - f.low ? Status::ok : Status::bad_mask;
@@ -122,6 +121,17 @@ void interleave(const std::int8_t* rows, std::int64_t count, std::int64_t blocks
   for (std::int64_t b = 0; b < blocks; ++b) {
     for (std::int64_t i = 0; i < count; ++i) to[b * count + i] = from[i * blocks + b];
   }
+}
+
+// Whether no code is larger than the kernels' 16-bit sums have room for; 8-bit codes all are.
+bool within(const std::int8_t* codes, std::int64_t count, std::int64_t bound) {
+  if (bound >= 127) return true;
+  std::int8_t low = 0, high = 0;
+  for (std::int64_t k = 0; k < count; ++k) {
+    low = codes[k] < low ? codes[k] : low;
+    high = codes[k] > high ? codes[k] : high;
+  }
+  return low >= -bound && high <= bound;
 }
 
 // Fills the panel of every tile; write(token, destination of its padded row).
@@ -204,11 +214,18 @@ Status spike_linear(const SpikeLayer& layer, const std::int8_t* codes, const flo
   if (memory == nullptr) return Status::out_of_memory;
   Encoding e{const_cast<float*>(scale), const_cast<std::int32_t*>(sums), f.compat ? const_cast<std::int32_t*>(zero) : nullptr,
              static_cast<std::int8_t*>(memory), 0};
+  std::atomic<bool> too_large{false};
   const Status filled = fill_panels(f, M, e.panels, [&](std::int64_t m, std::int8_t* row) {
     const std::int8_t* from = codes + m * f.K;
-    std::memcpy(row, from, static_cast<std::size_t>(f.range_length(0)));
-    if (f.ranges == 2) std::memcpy(row + 4 * f.blocks(0), from + f.low, static_cast<std::size_t>(f.K - f.low));
+    for (std::int64_t r = 0; r < f.ranges; ++r) {
+      std::int8_t* to = row + (r == 0 ? 0 : 4 * f.blocks(0));
+      const std::int64_t length = f.range_length(r);
+      std::memcpy(to, from, static_cast<std::size_t>(length));
+      if (!within(to, length, f.code_bound(r))) too_large = true;
+      from += length;
+    }
   });
+  if (too_large) return Status::bad_codes;
   return filled == Status::ok ? run_one(product(layer, M, e, y, y_dtype), kernel_of(layer)) : filled;
 }
 

@@ -138,6 +138,7 @@ TEST(spike_encode_refuses_formats_that_do_not_fit) {
   test::Guarded<std::int32_t> sums(16), zero(1);
   std::fill(x.data(), x.data() + 16, 1.0f);
   std::vector<std::uint8_t> mask(16, 0);
+  std::fill(mask.begin(), mask.begin() + 4, 1);
   const auto run = [&](const SpikeFormat& f) {
     return spike_encode(f, mask.data(), x.data(), 16, DType::float32, 1, codes.data(), scale.data(), sums.data(), zero.data());
   };

@@ -33,7 +33,7 @@ def call_of(name: str) -> list:
     given = _arguments(weight, layer.salient_mask, layer.bias.detach(), form, layer.out_features)
     kv_mask, keys = torch.arange(32).repeat(2, 1) < 3, torch.randn(1, 2, 5, 32)
     cache = KVFormat(32, 3, 3).empty(1, 2, 1)
-    kv_encode(keys, keys, cache, kv_mask, kv_mask, 0)
+    kv_encode(keys, keys, cache, kv_mask, kv_mask, 0, form=KVFormat(32, 3, 3))
     row = torch.tensor([0])
     ternary = TernaryLinear.from_linear(linear(), None, layer.salient_mask)
     ternary_rest = (ternary.salient_mask, ternary.bias.detach(), ternary.out_features, ternary.salient_count)

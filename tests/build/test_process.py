@@ -245,7 +245,8 @@ def test_kernels_release_the_lock(counted: dict[str, list[int]]) -> None:
     large = torch.zeros(64 << 20, dtype=torch.uint8)
     tokens, norm = torch.randn(4096, 512), SpikingRMSNorm(torch.nn.Parameter(torch.ones(512)), 1e-5)
     keys, mask = torch.randn(1, 4, 512, 128), torch.zeros(4, 128, dtype=torch.bool)
-    cache = KVFormat(128, 0, 0).empty(1, 4, 8)
+    form_of_cache = KVFormat(128, 0, 0)
+    cache = form_of_cache.empty(1, 4, 8)
     with torch.no_grad():
         encoded = spike_encode(tokens, **form.rule)
         spike_linear(type(encoded)(*(t[:256] for t in encoded)), weight, form, 512)
@@ -260,8 +261,8 @@ def test_kernels_release_the_lock(counted: dict[str, list[int]]) -> None:
         two_bit = TernaryLinear.from_linear(torch.nn.Linear(512, 512))
         ternary_linear(encoded.codes[:256], encoded.scale[:256], two_bit.packed_weight, 512)
         SpikingLinear.from_linear(torch.nn.Linear(512, 512), SpikeConfig(act_bits=None))(x)
-        kv_encode(keys, keys, cache, mask, mask, 0)
-        kv_attention(torch.randn(1, 32, 8, 128), cache, mask, mask, torch.tensor([512]))
+        kv_encode(keys, keys, cache, mask, mask, 0, form=form_of_cache)
+        kv_attention(torch.randn(1, 32, 8, 128), cache, mask, mask, torch.tensor([512]), form=form_of_cache)
         _C.machine_dot(20_000_000)
         _C.machine_read(large.data_ptr(), large.numel())
     assert counted.keys() == COMPUTING

@@ -109,3 +109,50 @@ def test_config_carries_the_calibration() -> None:
     ranvier.spike_(other, SpikeConfig(pipeline="gptq", calibration=(batch for batch in calibration())))
     assert all(same(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
     assert same(logits(pickle.loads(pickle.dumps(other))), logits(other))
+
+
+@pytest.mark.parametrize("pipeline", ["gptq", "omniquant"])
+def test_a_cache_that_a_batch_asks_for_changes_nothing(pipeline: str) -> None:
+    """use_cache in a batch of keyword arguments leaves the blocks' inputs what they are."""
+    models = [tiny_llama(), tiny_llama()]
+    for model, batch in zip(models, (calibration()[0], {"input_ids": calibration()[0], "use_cache": True}), strict=True):
+        ranvier.spike_(model, SpikeConfig(pipeline=pipeline), [batch])
+    assert all(same(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rotated_model_comes_back_as_a_plain_one(dtype: torch.dtype, tmp_path) -> None:
+    """unspike_ folds the transform into the weight: same function, plain layers, and random numbers are left alone."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_llama(dtype=dtype)
+    ranvier.spike_(model, SpikeConfig(rotate=True, act_bits=None, steps=1, salient=0.0))
+    expected, before = logits(model).float(), torch.get_rng_state()
+    ranvier.unspike_(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not [m for m in model.modules() if isinstance(m, HadamardLinear | SpikingLinear)]
+    # Weights rounded to their type and activations multiplied in another order: some units of the type's precision.
+    assert float((logits(model).float() - expected).norm() / expected.norm()) < 20 * torch.finfo(dtype).eps
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    names = dict(again.named_parameters())
+    assert names.keys() == dict(model.named_parameters()).keys()
+    assert all(same(value, names[name]) for name, value in model.named_parameters())
+    ranvier.spike_(model, SpikeConfig(rotate=True, act_bits=None, steps=1, salient=0.0))
+
+
+def test_rotation_works_in_place() -> None:
+    """The modules of the model stay the objects they were; only the layers that became others are replaced."""
+    model = tiny_llama()
+    inner, block, norm = model.model, model.model.layers[1], model.model.norm
+    ranvier.spike_(model, SpikeConfig(rotate=True), calibration())
+    assert model.model is inner and inner.layers[1] is block and inner.norm is norm
+
+
+def test_omniquant_refuses_stray_layers_before_it_trains(monkeypatch) -> None:
+    """A layer outside the blocks is named before any block is trained."""
+    from ranvier.methods.spikellm import omniquant
+
+    monkeypatch.setattr(omniquant, "omniquant_block", lambda *_: pytest.fail("a block was trained first"))
+    with pytest.raises(ValueError, match="lm_head lies in no block"):
+        ranvier.spike_(tiny_llama(), SpikeConfig(pipeline="omniquant", skip=()), calibration())

@@ -70,8 +70,24 @@ def test_converted_model_is_one_row(tmp_path: Path) -> None:
     ranvier.spike_(model, ranvier.SpikeConfig(), [token_batch(32, seed=1)])
     page = write(model, tmp_path)
     (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert row["name"] == "as converted" and row["ratio"] is None and row["spikes_c"] > 0
+    assert row["name"] == "as converted" and row["ratio"] is None and row["spikes_c"] > 0 and row["spiking"]
+    layers = [m for m in model.modules() if isinstance(m, ranvier.nn.SpikingLinear)]
+    held = {id(t): t.numel() * t.element_size() for layer in layers for n, t in layer.named_buffers()}
+    assert row["weight_bytes"] == sum(held.values()) > 0
+    assert row["perplexity"] == perplexity(model, tiny_tokenizer(), TEXT, 64, 2, progress=False).value
     assert set(re.findall(r'<img src="([^"]+)"', page.read_text())) == PICTURES - {"perplexity.png"}
+
+
+@pytest.mark.parametrize("fields", [{"weight_bits": 2, "act_bits": None, "steps": 2}, {"act_bits": None}, {"rotate": True}])
+def test_every_kind_of_converted_model_has_a_page(fields: dict, tmp_path: Path) -> None:
+    """Weight-only models fire nothing and have no raster; 2-bit ones still show their salient channels."""
+    model = tiny_llama(dtype=torch.bfloat16)
+    ranvier.spike_(model, ranvier.SpikeConfig(**fields), [token_batch(32, seed=1)])
+    shown = set(re.findall(r'<img src="([^"]+)"', write(model, tmp_path).read_text()))
+    assert ("raster.png" in shown) == ("operations.png" in shown) == ("act_bits" not in fields)
+    assert ("salient.png" in shown) == (fields != {"act_bits": None})
+    (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert row["perplexity"] == perplexity(model, tiny_tokenizer(), TEXT, 64, 2, progress=False).value
 
 
 def test_failure_leaves_what_was_there(tmp_path: Path, monkeypatch) -> None:

@@ -124,8 +124,9 @@ def kv_samples(name: str) -> list[tuple]:
     found = []
     for dtype in DTYPES:
         keys = torch.randn(2, 2, 5, K, generator=generator(6)).to(dtype)
-        chosen, cache, at = torch.arange(K).repeat(2, 1) < 3, KVFormat(K, 3, 3).empty(2, 2, 1), torch.tensor([0, 7])
-        kv_encode(keys, keys, cache, chosen, chosen, at)
+        chosen, form, at = torch.arange(K).repeat(2, 1) < 3, KVFormat(K, 3, 3), torch.tensor([0, 7])
+        cache = form.empty(2, 2, 1)
+        kv_encode(keys, keys, cache, chosen, chosen, at, form=form)
         if name == "kv_attention_encode":
             found.append((keys, keys, cache, chosen, chosen, at, 3, 3))
         else:

@@ -323,3 +323,17 @@ def test_bad_tokens(error: type, says: str, change: dict) -> None:
     with pytest.raises(error, match=says):
         kv_encode(**{**given, "positions": 0, "form": BASE.form, **change})
     assert torch.equal(BASE.cache, before)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_bool_masks_do_not_follow_the_default_dtype(default: torch.dtype) -> None:
+    """torch.set_default_dtype changes nothing of a masked attention."""
+    query, seen = BASE.query(4, 1), torch.ones(1, 1, 1, BASE.length, dtype=torch.bool)
+    seen[..., 3:9] = False
+    expected = kv_attention(query, BASE.cache, *BASE.masks, BASE.length, mask=seen, form=BASE.form)
+    torch.set_default_dtype(default)
+    try:
+        got = kv_attention(query, BASE.cache, *BASE.masks, BASE.length, mask=seen, form=BASE.form)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(got, expected)

@@ -345,3 +345,17 @@ def test_negated_view(isa: str) -> None:
     """A view whose sign is not in memory is read with its sign."""
     x = torch.randn(4, 33)
     assert_same_codes(spike_encode(torch._neg_view(x)), spike_encode(-x))
+
+
+@pytest.mark.parametrize(
+    ("rule", "count"),
+    [
+        ({"grid": "compat", "steps": 2}, 0), ({"grid": "compat", "steps": 2}, 64), ({"span": "separate"}, 0),
+        ({"steps": 2}, 3),
+    ],
+)  # fmt: skip
+def test_a_mask_that_marks_others_than_the_count_is_refused(isa: str, rule: dict, count: int) -> None:
+    """Also where all channels would share one range."""
+    mask = torch.arange(64) < 32
+    with pytest.raises(ValueError, match="does not mark as many channels"):
+        spike_encode(torch.randn(2, 64, generator=generator()), mask, salient_count=count, **rule)

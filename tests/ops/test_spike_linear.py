@@ -384,3 +384,25 @@ def test_bad_codes(error: type, says: str, field: str, value: Tensor) -> None:
         spike_linear(encoded, W, FORM, N, BIAS, MASK, dtype=torch.float64)
     with pytest.raises(ranvier.BackendError, match="backend 'triton' cannot run"):
         spike_linear(encoded, W, FORM, N, BIAS, MASK, backend="triton")
+
+
+def test_codes_beyond_the_format_are_refused(isa: str) -> None:
+    """Codes that the 16-bit sums of one level have no room for raise on every level."""
+    form = SpikeFormat(64, 0, 4, 1, "shared", "consistent")
+    weight = pack_weight(torch.randn(8, 64, generator=generator()), None, form)
+    encoded = spike_encode(torch.randn(3, 64, generator=generator()), act_bits=4, steps=1)
+    for wrong in (16, -16, 127, -128):
+        codes = encoded.codes.clone()
+        codes[2, 63] = wrong
+        with pytest.raises(ValueError, match="codes are larger than this format's"):
+            spike_linear(encoded._replace(codes=codes), weight, form, 8)
+
+
+def test_negated_tables_are_read_with_their_sign() -> None:
+    """A bias and a scale that are views with a negative sign count as what they show."""
+    form = SpikeFormat(64, 0, 4, 1, "shared", "consistent")
+    weight = pack_weight(torch.randn(8, 64, generator=generator()), None, form)
+    encoded, bias = spike_encode(torch.randn(3, 64, generator=generator()), act_bits=4, steps=1), torch.randn(8)
+    negated = encoded._replace(scale=torch._neg_view(encoded.scale))
+    expected = spike_linear(encoded._replace(scale=-encoded.scale), weight, form, 8, -bias)
+    assert same(spike_linear(negated, weight, form, 8, torch._neg_view(bias)), expected)

@@ -23,7 +23,9 @@ def run(args: argparse.Namespace) -> int:
     from ranvier import save, spike_
     from ranvier.integrations._conversion import conversion_note
     from ranvier.integrations.folder import check_folder
+    from ranvier.methods.spikellm.convert import check_supported
 
+    check_supported(config)
     check_folder(args.out)
     batches = calibration_of(args)
     model, tokenizer = load_model(args)

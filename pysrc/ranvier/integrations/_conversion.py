@@ -38,7 +38,7 @@ def text_batches(model: Any, path: Path) -> Iterable[Tensor]:
     """Windows of a text, by the tokenizer that lies where the model was loaded from."""
     from transformers import AutoTokenizer
 
-    from ranvier.methods.spikellm.data import calibration_batches, check_ids
+    from ranvier.methods.spikellm.data import CALIBRATION_TOKENS, calibration_batches, check_ids
 
     source = model.config.name_or_path
     try:
@@ -48,7 +48,7 @@ def text_batches(model: Any, path: Path) -> Iterable[Tensor]:
         raise ValueError(
             f"calibration {path} is a text, and {source} has no readable tokenizer ({reason}); pass batches of ids"
         ) from error
-    batches = list(calibration_batches(tokenizer, _read(path)))
+    batches = list(calibration_batches(tokenizer, _read(path), CALIBRATION_TOKENS))
     for batch in batches:
         check_ids(model, batch)
     return batches

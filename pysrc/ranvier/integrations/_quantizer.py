@@ -22,6 +22,7 @@ from ranvier.config import QUANT_METHOD, SpikeConfig
 from ranvier.integrations import _manifest as manifests
 from ranvier.integrations._conversion import check_calibration, conversion_note, text_batches, untie
 from ranvier.integrations._manifest import LayerEntry, Manifest
+from ranvier.methods.spikellm.convert import check_supported
 from ranvier.nn.spike_linear import SpikingLinear
 
 # A tensor of this shape under the name of a weight that is no more: transformers without this method would make a plain
@@ -105,6 +106,7 @@ class SpikeQuantizer:
                 "quantization_config describes the spiking layers of another model, and this one has plain ones;"
                 " pass a ranvier.SpikeConfig"
             )
+        check_supported(self.spike_config)
         check_calibration(self.spike_config, self._calibration)
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if "disk" in places or len(places) > 1:

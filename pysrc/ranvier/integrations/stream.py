@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from ranvier.config import SpikeConfig
 from ranvier.integrations import folder as folders
 from ranvier.integrations._manifest import CONFIG, GENERATION, LayerEntry, empty_layer, file_facts
 from ranvier.integrations._staging import check_output
-from ranvier.integrations.transformers import build_empty
+from ranvier.integrations.transformers import build_empty, import_transformers
 from ranvier.methods.spikellm.blocks import Chain, capture, find_blocks, replace_modules
 from ranvier.methods.spikellm.convert import (
     LayerReport,
@@ -42,6 +43,7 @@ from ranvier.methods.spikellm.convert import (
     find_linears,
     report_layer,
 )
+from ranvier.methods.spikellm.data import CALIBRATION_TOKENS, calibration_batches
 from ranvier.methods.spikellm.engine import ChainConverter
 from ranvier.nn.spike_linear import SpikeGroup, check_convertible
 
@@ -75,6 +77,9 @@ def convert_folder(
     if config.rotate:
         raise ValueError("convert_folder: rotate=True turns all weights at once; convert in memory with spike_")
     calibration = config.calibration if calibration is None else calibration
+    if isinstance(calibration, (str, os.PathLike)):
+        calibration = _text(source, Path(calibration), tokenizer)
+    config = replace(config, calibration=None)
     check_batches(calibration)
     if calibration is None:
         raise ValueError("convert_folder: pass calibration batches; they also show which layers read the same tensor")
@@ -93,6 +98,18 @@ def convert_folder(
     return report
 
 
+def _text(source: Path, path: Path, tokenizer: Any) -> list[Tensor]:
+    """Batches of a text file, cut by the given tokenizer or the source's own."""
+    if tokenizer is None:
+        transformers = import_transformers()
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"convert_folder: {source} has no readable tokenizer ({reason}); pass tokenizer=") from error
+    return list(calibration_batches(tokenizer, path.read_text(encoding="utf-8"), CALIBRATION_TOKENS))
+
+
 def _key(source: Path, config: SpikeConfig, batches: list[Any], seed: int, dtype: torch.dtype | None) -> str:
     """What the result depends on: version, config, seed, every calibration tensor, every byte of the source's weights."""
     from ranvier import __version__
@@ -103,7 +120,9 @@ def _key(source: Path, config: SpikeConfig, batches: list[Any], seed: int, dtype
             digest.update(name.encode())
             if isinstance(value, Tensor):
                 digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-                digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+                digest.update(
+                    value.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+                )
             else:
                 digest.update(repr(value).encode())
     for path in sorted(p for p in source.iterdir() if p.suffix == ".safetensors" or p.name in (CONFIG, GENERATION)):

@@ -64,6 +64,13 @@ class Hadamard(nn.Module):
         return ", ".join(parts + (["signs"] if self.signs is not None else []) + (["transpose"] if self.transpose else []))
 
 
+def _empty_like(linear: nn.Linear) -> nn.Linear:
+    """A layer of this shape and kind whose values are still to come: none are drawn."""
+    weight = linear.weight
+    options = {"bias": linear.bias is not None, "device": weight.device, "dtype": weight.dtype}
+    return nn.utils.skip_init(nn.Linear, linear.in_features, linear.out_features, **options)
+
+
 class HadamardLinear(nn.Module):
     """y = linear(hadamard(x)), in place of a linear layer whose weight was rotated along its input channels.
 
@@ -84,14 +91,22 @@ class HadamardLinear(nn.Module):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"HadamardLinear.from_linear: got {type(linear).__name__}; pass a torch.nn.Linear")
         turn = Hadamard(linear.in_features, order)
-        rotated = nn.Linear(
-            linear.in_features, linear.out_features, linear.bias is not None, linear.weight.device, linear.weight.dtype
-        )
+        rotated = _empty_like(linear)
         with torch.no_grad():
             rotated.weight.copy_(reference.hadamard(linear.weight.double(), turn.order))
             if linear.bias is not None:
                 rotated.bias.copy_(linear.bias)
         return cls(turn, rotated).train(linear.training)
+
+    def without_transform(self, linear: nn.Linear) -> nn.Linear:
+        """One layer that does what the transform and ``linear``, in its place inside, do: W = W' (I (x) H_n)^T / sqrt(n)."""
+        turn, plain = self.hadamard, _empty_like(linear)
+        with torch.no_grad():
+            weight = reference.hadamard(linear.weight.double(), turn.order, not turn.transpose)
+            plain.weight.copy_(weight if turn.signs is None else weight * turn.signs.double())
+            if linear.bias is not None:
+                plain.bias.copy_(linear.bias)
+        return plain.train(linear.training)
 
     @property
     def in_features(self) -> int:

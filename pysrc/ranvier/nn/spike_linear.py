@@ -326,13 +326,8 @@ class SpikingLinear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """A ``torch.nn.Linear`` with the dequantized weight, in the dtype this layer was made from."""
-        linear = nn.Linear(
-            self.in_features,
-            self.out_features,
-            self.bias is not None,
-            device=self.weight_packed.device,
-            dtype=self.dtype,
-        )
+        options = {"bias": self.bias is not None, "device": self.weight_packed.device, "dtype": self.dtype}
+        linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, **options)
         with torch.no_grad():
             linear.weight.copy_(self.dequantized_weight())
             if self.bias is not None:

@@ -62,9 +62,9 @@ class TernaryLinear(SpikingLinear):
     @property
     def format(self) -> TernaryFormat:
         """How this layer's tokens are encoded."""
-        return ternary_format(
-            self.in_features, self.salient_count, self.config.act_bits or 8, *((self.config.act_clip,) if self._clips else ())
-        )
+        c = self.config
+        # A float that a compiler reads costs it a second graph; most layers have none.
+        return ternary_format(self.in_features, self.salient_count, c.act_bits or 8, c.act_clip if self._clips else 1.0)
 
     def _quantize(self, weight: Tensor) -> PackedWeight:
         c = self.config

@@ -98,7 +98,7 @@ def check(
         check_is_tensor(op, "mask", mask)
         wanted = (query.shape[0], heads, query.shape[2])
         fits = mask.ndim == 4 and all(m in (1, n) for m, n in zip(mask.shape[:3], wanted, strict=True))
-        if mask.dtype not in (torch.float32, torch.bool) or not fits:
+        if mask.dtype not in (torch.float32, torch.bool) or not fits or mask.shape[3] == 0:
             raise ValueError(
                 f"{op}: mask is {mask.dtype} {list(mask.shape)}; it must be float32 (added) or bool (True: seen), of a shape"
                 f" that broadcasts to {[*wanted, 'tokens']}"
@@ -156,8 +156,11 @@ def reference_encode(
     at = positions[:, None] + torch.arange(key.shape[2], device=key.device)
     if key.numel() and (int(at.min()) < 0 or int(at.max()) >= BLOCK * cache.shape[2]):
         raise ValueError("kv_attention_encode: positions leave the cache; make it larger")
-    for x, mask, unpack, pack in ((key, key_mask, unpack_keys, pack_keys), (value, value_mask, unpack_values, pack_values)):
-        if int(mask.sum(-1).max()) > (key_salient if x is key else value_salient):
+    for x, mask, count, unpack, pack in (
+        (key, key_mask, key_salient, unpack_keys, pack_keys),
+        (value, value_mask, value_salient, unpack_values, pack_values),
+    ):
+        if int(mask.sum(-1).max()) > count:
             raise ValueError("kv_attention_encode: a mask marks more channels than its salient count; raise the count")
         stored, encoded = unpack(cache, mask, form), reference.kv_encode(x, mask)
         for old, new in zip(stored, encoded, strict=True):
@@ -173,7 +176,7 @@ def fake(query: Tensor, *_: object) -> Tensor:
 
 def _float_mask(mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
     if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
+        mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, float("-inf"))
     return _rows(mask).expand(*shape, -1)
 
 
@@ -240,10 +243,6 @@ op = declare(
 )  # fmt: skip
 
 
-def _counts(key_mask: Tensor, value_mask: Tensor, form: KVFormat | None, head_dim: int) -> KVFormat:
-    return form or KVFormat(head_dim, *(int(m.sum(-1).max()) if m.numel() else 0 for m in (key_mask, value_mask)))
-
-
 def _row(values: int | Tensor, like: Tensor) -> Tensor:
     if isinstance(values, Tensor):
         return values
@@ -258,16 +257,15 @@ def kv_encode(
     value_mask: Tensor,
     positions: int | Tensor,
     *,
-    form: KVFormat | None = None,
+    form: KVFormat,
     backend: str | None = None,
 ) -> Tensor:
     """Quantize new tokens into the cache, in place.
 
     key, value: float32, bfloat16 or float16 [B, H_kv, L, D], keys after RoPE. cache: uint8 [B, H_kv, blocks, block_bytes] of
     :meth:`KVFormat.empty`. key_mask, value_mask: bool [H_kv, D], True where a channel has one more bit. positions: where the
-    first of the new tokens goes, one for all rows or int64 [B]. form: the cache's format where it has room for more salient
-    channels than the masks mark. Returns the scales, float32 [2, B, H_kv, L] (keys, values): NaN where a token is not
-    finite; whoever sees such a token gets NaN.
+    first of the new tokens goes, one for all rows or int64 [B]. form: the format the cache was made with. Returns the scales,
+    float32 [2, B, H_kv, L] (keys, values): NaN where a token is not finite; whoever sees such a token gets NaN.
 
     Raises ValueError for shapes that do not fit, positions beyond the cache and masks with more salient channels than the
     format has room for, TypeError for dtypes, BackendError for a backend that cannot run. On a GPU, which does not read numbers
@@ -275,7 +273,6 @@ def kv_encode(
     Source: SpikeLLM, arXiv 2407.04752, section 3; quantized per token, as in its parent OmniQuant, so that it is causal.
     """
     check_is_tensor("kv_attention_encode", "key", key)
-    form = _counts(key_mask, value_mask, form, key.shape[-1] if key.ndim else 0)
     at = _row(positions, key)
     return encode_op(key, value, cache, key_mask, value_mask, at, form.key_salient, form.value_salient, backend=backend)
 
@@ -290,7 +287,7 @@ def kv_attention(
     starts: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
-    form: KVFormat | None = None,
+    form: KVFormat,
     backend: str | None = None,
 ) -> Tensor:
     """softmax(scale q k^T + mask) v over a packed cache.
@@ -298,7 +295,8 @@ def kv_attention(
     query: float32, bfloat16 or float16 [B, H, Lq, D], H a multiple of H_kv; its tokens are the last Lq of each row, and the
     i-th sees those up to itself. cache, key_mask, value_mask, form: as :func:`kv_encode` filled them. lengths: tokens stored,
     one for all rows or int64 [B]. starts: int64 [B], the first visible token (left padding). mask: float32, added to the
-    logits, or bool, True where seen; its shape broadcasts to [B, H, Lq, tokens]. scale: D ** -0.5 by default.
+    logits, or bool, True where seen; its shape broadcasts to [B, H, Lq, tokens], but for the last dimension, which has them
+    all. A value at or below -2.3e38 hides a token, as -inf does. scale: D ** -0.5 by default.
     Returns [B, H, Lq, D] of the query's dtype. A query that sees no token gets 0; one that sees a token that is not finite,
     or is not finite itself, NaN. Each query's result is the same bits beside any other and on any number of threads.
 
@@ -312,7 +310,6 @@ def kv_attention(
     """
     check_is_tensor("kv_attention", "query", query)
     head_dim = query.shape[-1] if query.ndim else 0
-    form = _counts(key_mask, value_mask, form, head_dim)
     scale = float(scale if scale is not None else max(head_dim, 1) ** -0.5)
     given = (key_mask, value_mask, _row(lengths, query), starts, mask, form.key_salient, form.value_salient, scale)
     return op(query, cache, *given, backend=backend)

@@ -175,7 +175,7 @@ def _split(args: tuple, channels: int) -> tuple[PackedWeight, Tensor | None, Ten
 
 
 def _contiguous(weight: PackedWeight) -> PackedWeight:
-    return PackedWeight(*(t if t is None else t.contiguous() for t in weight))
+    return PackedWeight(*(t if t is None else plain(t) for t in weight))
 
 
 def _reference_product(encoded: SpikeCodes, args: tuple, dtype: torch.dtype) -> Tensor:
@@ -205,8 +205,8 @@ def fake_codes(codes: Tensor, scale: Tensor, code_sum: Tensor, zero: Tensor, *re
 def cpu_codes(codes: Tensor, scale: Tensor, code_sum: Tensor, zero: Tensor, *rest) -> Tensor:
     weight, mask, bias, form, out = _split(rest[:-1], codes.shape[-1])
     y = fake_codes(codes, scale, code_sum, zero, *rest)
-    weight, bias = _contiguous(weight), None if bias is None else bias.contiguous()
-    encoded = [t.contiguous() for t in (codes, scale, code_sum, zero)]
+    weight, bias = _contiguous(weight), None if bias is None else plain(bias)
+    encoded = [plain(t) for t in (codes, scale, code_sum, zero)]
     tokens = codes.numel() // form.channels
     description = layer_description(weight, mask, bias, form, out)
     _C.spike_linear(description, *(pointer(t) for t in encoded), tokens, y.data_ptr(), DTYPES[y.dtype])
@@ -257,7 +257,7 @@ def fake_dynamic(x: Tensor, *rest) -> Tensor:
 def cpu_dynamic(x: Tensor, *rest) -> Tensor:
     weight, mask, bias, form, out = _split(rest, x.shape[-1])
     y, x = fake_dynamic(x, *rest), plain(x)
-    weight, bias = _contiguous(weight), None if bias is None else bias.contiguous()
+    weight, bias = _contiguous(weight), None if bias is None else plain(bias)
     mask = None if mask is None else mask.contiguous()
     description, dtype = layer_description(weight, mask, bias, form, out), DTYPES[x.dtype]
     tokens = x.numel() // form.channels
@@ -276,6 +276,7 @@ def triton_dynamic(x: Tensor, *rest) -> Tensor:
 
 def reference_dynamic(x: Tensor, *rest) -> Tensor:
     _, mask, _, form, _ = _split(rest, x.shape[-1])
+    mask = mask if form.salient_count else None
     encoded = reference_encode(x, mask, form.salient_count, *_rule(form), form.act_clip)
     return _reference_product(encoded, rest, x.dtype)
 
@@ -338,7 +339,8 @@ def spike_linear(
     encoded: what :func:`ranvier.ops.spike_encode` returned for the same format. weight: :func:`pack_weight`'s result.
     Integer sums are exact; the epilogue's order of fused operations is the same on every instruction-set level,
     and so are its bits.
-    Raises ValueError for shapes that do not belong together, TypeError for dtypes, BackendError for a backend that cannot run.
+    Raises ValueError for shapes that do not belong together and codes larger than the format's, TypeError for dtypes,
+    BackendError for a backend that cannot run.
     """
     return op(*encoded, *_arguments(weight, salient_mask, bias, form, out_features), dtype, backend=backend)
 

@@ -181,7 +181,7 @@ def _split(args: tuple) -> tuple[PackedWeight, Tensor | None, Tensor | None, int
 def _native(args: tuple, form: TernaryFormat) -> tuple[bytes, tuple]:
     """The layer as the kernels want it, and the tensors whose addresses it holds."""
     weight, mask, bias, out, _ = _split(args)
-    held = [None if t is None else t.contiguous() for t in (*weight, mask, bias)]
+    held = [None if t is None else plain(t) for t in (*weight, mask, bias)]
     return layer_description(PackedWeight(*held[:4]), held[4], held[5], form, out), tuple(held)
 
 
@@ -210,7 +210,7 @@ def fake_codes(codes: Tensor, scale: Tensor, *rest) -> Tensor:
 
 def cpu_codes(codes: Tensor, scale: Tensor, *rest) -> Tensor:
     form = _format_of(codes.shape[-1], rest[6])
-    y, codes, scale = fake_codes(codes, scale, *rest), codes.contiguous(), scale.contiguous()
+    y, codes, scale = fake_codes(codes, scale, *rest), plain(codes), plain(scale)
     description, held = _native(rest[:-1], form)
     tokens = codes.numel() // form.channels
     _C.ternary_linear(description, codes.data_ptr(), scale.data_ptr(), tokens, y.data_ptr(), DTYPES[y.dtype])

@@ -54,8 +54,8 @@ def fake(x: Tensor, *rest) -> Tensor:
 def cpu(x: Tensor, *rest) -> Tensor:
     weight, bias, out, form = _split(rest, x.shape[-1])
     y, x = fake(x, *rest), plain(x)
-    weight = PackedWeight(*(t if t is None else t.contiguous() for t in weight))
-    bias = None if bias is None else bias.contiguous()
+    weight = PackedWeight(*(t if t is None else plain(t) for t in weight))
+    bias = None if bias is None else plain(bias)
     description, dtype = layer_description(weight, None, bias, form, out), DTYPES[x.dtype]
     digits, tokens = reference.digit_count(x.dtype), x.numel() // form.channels
     _C.weight_only_linear(description, x.data_ptr(), form.channels, dtype, tokens, digits, y.data_ptr(), dtype)

@@ -126,6 +126,8 @@ class _Recorder:
         self._at, self._passed = 0, None
 
     def __call__(self, index: int, real: Any, args: tuple, kwargs: dict) -> Any:
+        # A batch may ask for a cache itself; a block that is run again must not find the keys of its last run.
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
         name, hidden, given = _bound(self.blocks[index], args, kwargs)
         if index != self._at or (index and hidden is not self._passed) or (self.chain.names[index] or name) != name:
             raise _NoChain
@@ -154,15 +156,15 @@ def call_model(model: nn.Module, batch: Any, device: torch.device) -> Any:
 def without_cache(model: nn.Module) -> Iterator[None]:
     """A transformers model that keeps no keys and values: a block that is run again must not find those of its last run."""
     config = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before is None:
-        yield
-        return
-    config.use_cache = False
+    held = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
+    before = [(c, c.use_cache) for c in held if getattr(c, "use_cache", None) is not None]
+    for part, _ in before:
+        part.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = before
+        for part, value in before:
+            part.use_cache = value
 
 
 def capture(model: nn.Module, path: str, batches: Iterable[Any], device: torch.device) -> Chain | None:

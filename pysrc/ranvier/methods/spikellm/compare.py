@@ -14,17 +14,17 @@ from tqdm import tqdm
 from ranvier.config import SpikeConfig
 from ranvier.methods.spikellm.convert import find_linears, spike_
 from ranvier.methods.spikellm.evaluate import perplexity
-from ranvier.methods.spikellm.measure import generation_speed, spikes_per_token
+from ranvier.methods.spikellm.measure import generation_speed, spikes_per_token, spiking_layers
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A row: the model as it is in ``dtype`` (config None), or converted by ``config``."""
+    """A row: the model as it is, its parameters in ``dtype`` where one is given, or converted by ``config``."""
 
     name: str
     config: SpikeConfig | None = None
     note: str = ""
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
 
     @property
     def spiking(self) -> bool:
@@ -36,7 +36,7 @@ def plain_settings() -> list[Setting]:
     """What a conversion is held against: the float model and quantization without spikes, round to nearest."""
     none = {"steps": 1, "salient": 0.0}
     return [
-        Setting("float32"),
+        Setting("float32", dtype=torch.float32),
         Setting("bfloat16", dtype=torch.bfloat16),
         Setting("W4A16", SpikeConfig(act_bits=None, **none), "4-bit weights, activations as they are"),
         Setting("W4A8", SpikeConfig(act_bits=8, **none), "one integer product, no spikes"),
@@ -53,12 +53,22 @@ def spiking_settings(**fields: Any) -> list[Setting]:
     ]
 
 
+def linear_bytes(model: nn.Module) -> int:
+    """Bytes of all linear weights outside lm_head, packed or not, a mask that several share counted once."""
+    linears, _ = find_linears(model, skip=("lm_head",))
+    held = [layer.weight for layer in linears.values()]
+    for layer in spiking_layers(model).values():
+        held += [t for t in (*layer.packed_weight, layer.salient_mask) if t is not None]
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in held}.values())
+
+
 def apply(setting: Setting, model: nn.Module, calibration: list[Any]) -> tuple[nn.Module, int]:
     """A model of its own for this setting, and the bytes of its linear weights (lm_head left out)."""
     model = copy.deepcopy(model)
     if setting.config is None:
-        layers, _ = find_linears(model.to(setting.dtype), skip=("lm_head",))
-        return model, sum(layer.weight.numel() * layer.weight.element_size() for layer in layers.values())
+        for parameter in model.parameters() if setting.dtype is not None else ():
+            parameter.data = parameter.data.to(setting.dtype)  # buffers, such as rotary frequencies, stay as they are
+        return model, linear_bytes(model)
     # Without salient channels nothing is measured; one batch shows which layers read the same tensor.
     report = spike_(model, setting.config, calibration if setting.config.needs_calibration else calibration[:1])
     return model, report.bytes_after
@@ -74,7 +84,7 @@ def measure(
     row = {
         "name": setting.name,
         "note": setting.note,
-        "spiking": setting.spiking,
+        "spiking": setting.spiking or any(layer.salient_count for layer in spiking_layers(model).values()),
         "perplexity": result.value,
         "windows": result.windows,
         "weight_bytes": stored,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,8 +25,9 @@ from ranvier.methods.spikellm.engine import (
 from ranvier.methods.spikellm.evaluate import evaluating
 from ranvier.methods.spikellm.fuse import unfuse_
 from ranvier.methods.spikellm.grams import layer_class
-from ranvier.methods.spikellm.rotate import rotate_
+from ranvier.methods.spikellm.rotate import rotated
 from ranvier.methods.spikellm.saliency import SaliencyObserver, salient_mask
+from ranvier.nn.hadamard import HadamardLinear
 from ranvier.nn.spike_linear import SpikingLinear, check_convertible
 
 
@@ -178,12 +179,6 @@ def check_supported(config: SpikeConfig) -> None:
         raise ValueError("spike_: pipeline='omniquant' trains 4-bit weights; use pipeline='gptq' with weight_bits=2")
 
 
-def _rotated(model: nn.Module, seed: int) -> nn.Module:
-    model = copy.deepcopy(model)  # so that a failure later on leaves the model as it was
-    rotate_(model, seed)
-    return model
-
-
 def _converted(model: nn.Module, layers: dict[str, nn.Linear], config: SpikeConfig, calibration: Any, seed: int) -> Conversion:
     """What becomes of the layers; the model stays as it is."""
     simple = config.weight_bits == 4 or not config.needs_calibration
@@ -219,7 +214,8 @@ def spike_(
     ``config.pipeline="rtn"`` runs each batch once through the model as it is, adding up the saliency of every channel, and
     rounds layer by layer: at its peak it holds the model, the packed layers (an eighth of a float32 model) and one layer's
     working space. ``"gptq"`` and ``"omniquant"`` go block by block, each fitted to what the quantized blocks before it hand
-    on; they hold one block more, and the hidden states of all batches. ``config.rotate`` works on a copy of the model.
+    on; they hold one block more, and the hidden states of all batches. ``config.rotate`` puts new parameters in place of those
+    it turns, and holds both until the end.
     seed: of rotations and training; the same seed gives the same bits.
 
     The layers are swapped at the end: if anything fails the model is as it was. Returns a report.
@@ -243,34 +239,38 @@ def spike_(
         raise ValueError(f"spike_: {type(model).__name__} has no nn.Linear layer{left}; there is nothing to convert")
     for name, linear in layers.items():
         check_convertible(f"spike_: {name}", linear, config)
-    target = model
-    if config.rotate:
-        model = _rotated(model, seed)
+    with rotated(model, seed) if config.rotate else contextlib.nullcontext():
         layers, skipped = find_linears(model, config.skip)
-    done = _converted(model, layers, config, calibration, seed)
-    reports = [report_layer(name, layers[name], made) for name, made in done.made.items()]
-    for name, made in done.made.items():
-        made.module.train(layers[name].training)
-    parameters = dict(model.named_parameters())
-    replace_modules(model, {id(layers[name]): made.module for name, made in done.made.items()})
-    for name, value in done.values.items():
-        parameters[name].data = value
-    if model is not target:
-        target.__dict__.update(model.__dict__)
+        done = _converted(model, layers, config, calibration, seed)
+        reports = [report_layer(name, layers[name], made) for name, made in done.made.items()]
+        for name, made in done.made.items():
+            made.module.train(layers[name].training)
+        parameters = dict(model.named_parameters())
+        replace_modules(model, {id(layers[name]): made.module for name, made in done.made.items()})
+        for name, value in done.values.items():
+            parameters[name].data = value
     return SpikeReport(config, reports, skipped, done.tokens)
 
 
 def unspike_(model: nn.Module) -> nn.Module:
     """Replace every spiking layer by an ``nn.Linear`` with its dequantized weight, in place; returns the model.
 
-    Modules that ``fuse_`` replaced come back too. What 4 bits lost stays lost. If anything fails the model is as it was.
-    Raises ValueError where nothing is spiking, and for a model that is itself one spiking layer.
+    Modules that ``fuse_`` replaced come back too, and a transform before a layer is folded into its weight. What 4 bits
+    lost stays lost. If anything fails the model is as it was. Raises ValueError where nothing is spiking, and for a model
+    that is itself one spiking layer.
     """
     if isinstance(model, SpikingLinear):
         raise ValueError("unspike_: the model is itself one SpikingLinear and cannot be replaced in place; use to_linear")
     layers = [module for module in model.modules() if isinstance(module, SpikingLinear)]
     if not layers:
         raise ValueError(f"unspike_: {type(model).__name__} has no spiking layer; there is nothing to undo")
-    linears = {id(layer): layer.to_linear() for layer in tqdm(layers, desc="unspiking", leave=False)}
+    turned = {id(module.linear): module for module in model.modules() if isinstance(module, HadamardLinear)}
+    linears: dict[int, nn.Module] = {}
+    for layer in tqdm(layers, desc="unspiking", leave=False):
+        wrapper = turned.get(id(layer))
+        linear = layer.to_linear()
+        linears[id(layer) if wrapper is None else id(wrapper)] = (
+            linear if wrapper is None else wrapper.without_transform(linear)
+        )
     replace_modules(unfuse_(model), linears)
     return model

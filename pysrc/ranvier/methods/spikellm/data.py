@@ -97,4 +97,7 @@ def own_calibration(model: Any, calibration: Any) -> Any:
             f"spike_: calibration is the text file {calibration}, and the model's tokenizer cannot be found ({reason});"
             " pass batches of token ids, as calibration_batches makes them"
         ) from error
-    return calibration_batches(tokenizer, text, CALIBRATION_TOKENS)
+    batches = list(calibration_batches(tokenizer, text, CALIBRATION_TOKENS))
+    for batch in batches:
+        check_ids(model, batch)
+    return batches

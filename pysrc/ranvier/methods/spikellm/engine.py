@@ -260,6 +260,13 @@ def convert_blocks(
     path = find_blocks(model, layers)
     chain = None if path is None else capture(model, path, batches, device)
     inside: dict[str, nn.Linear] = {}
+    if config.pipeline == "omniquant":
+        lost = [name for name in layers if chain is None or not name.startswith(f"{path}." if path else "")]
+        if lost:
+            raise ValueError(
+                f"spike_: pipeline='omniquant' trains block by block, and {lost[0]} lies in no block of a chain;"
+                " skip it, or use pipeline='gptq'"
+            )
     if chain is not None:
         converter = ChainConverter(chain, config, seed)
         prefix = f"{path}." if path else ""
@@ -270,11 +277,6 @@ def convert_blocks(
             _convert_copy(converter, block, index, begin, own, result)
     outside = {name: layer for name, layer in layers.items() if name not in inside}
     if outside:
-        if config.pipeline == "omniquant":
-            raise ValueError(
-                f"spike_: pipeline='omniquant' trains block by block, and {next(iter(outside))} lies in no block of a chain;"
-                " skip it, or use pipeline='gptq'"
-            )
 
         def run() -> None:
             for batch in tqdm(batches, desc="whole model", unit="batch", leave=False):

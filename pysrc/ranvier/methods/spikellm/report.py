@@ -48,7 +48,7 @@ def report_settings(model: nn.Module, pipelines: Iterable[str], rotate: bool) ->
     A model that is converted already is one setting: itself.
     """
     if spiking_layers(model):
-        return [Setting("as converted", dtype=next(model.parameters()).dtype)]
+        return [Setting("as converted")]
     found = plain_settings()
     for pipeline in pipelines:
         for turned in (False, True) if rotate else (False,):
@@ -114,7 +114,10 @@ def _draw(
     if masks:
         shown = f"{name}: {len(masks)} masks of salient channels"
         plots.salient_map(masks, add("salient.png", "Where the salient channels of each layer lie"), shown)
-    chosen = list(masks or layers)[len(masks or layers) // 2]
+    firing = [n for n in masks or layers if layers[n].config.act_bits is not None]
+    if not firing:
+        return drawn
+    chosen = firing[len(firing) // 2]
     counts = layer_raster(kept, layers[chosen], ids[:, :RASTER_TOKENS])
     place = add("raster.png", f"Spikes into {chosen} while the model reads {RASTER_TOKENS} tokens")
     plots.spike_raster(counts, layers[chosen].salient_mask, place, f"spikes into {chosen}")
