@@ -181,3 +181,14 @@ def test_refused(tmp_path: Path, source: Path) -> None:
     assert not target.exists()
     with pytest.raises(TypeError, match="pass an iterable"):
         convert_folder(source, target, SpikeConfig(), TEXT)
+
+
+def test_text_of_the_config_is_cut_by_the_sources_tokenizer(tmp_path: Path, source: Path) -> None:
+    """config.calibration may be the path of a text; the layers keep a config without it."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = SpikeConfig(pipeline="gptq", calibration=tmp_path / "text.txt")
+    convert_folder(source, tmp_path / "one", config, tokenizer=tiny_tokenizer())
+    ids = torch.tensor([tiny_tokenizer()(TEXT)["input_ids"]])
+    convert_folder(source, tmp_path / "other", SpikeConfig(pipeline="gptq"), ids.split(512, 1), tokenizer=tiny_tokenizer())
+    assert content(tmp_path / "one") == content(tmp_path / "other")
+    assert ranvier.load(tmp_path / "one").model.layers[0].mlp.up_proj.config.calibration is None

@@ -76,9 +76,9 @@ def convert_folder(
     check_supported(config)
     if config.rotate:
         raise ValueError("convert_folder: rotate=True turns all weights at once; convert in memory with spike_")
-    calibration = config.calibration if calibration is None else calibration
-    if isinstance(calibration, (str, os.PathLike)):
-        calibration = _text(source, Path(calibration), tokenizer)
+    if calibration is None:
+        given = config.calibration
+        calibration = _text(source, Path(given), tokenizer) if isinstance(given, (str, os.PathLike)) else given
     config = replace(config, calibration=None)
     check_batches(calibration)
     if calibration is None:
