@@ -8,8 +8,9 @@ with 128 x 2048 calibration tokens and gptq, in GB (1e9 bytes):
     embeddings and head                   0.52    Gram matrix of down_proj, 11008^2 float32, with its factor: x 4  1.94
     hidden states, 262,144 x 4096         2.15    activations of one 2048-token batch in a block                   0.4
 
-about 6 GB in all, twice the hidden states with omniquant, whose targets are a second stream of them; the model has 13.5.
-The packed model, 3.8 GB, is put together from mapped files at the end.
+These are the tensors themselves. gptq works on further copies of the Gram matrix, 0.48 GB each for down_proj, so the peak lies
+above their sum; ``benchmarks/stream_memory.py`` measures it. omniquant holds the hidden states twice: its targets are a second
+stream of them. The model has 13.5. The packed model, 3.8 GB, is put together from mapped files at the end.
 """
 
 from __future__ import annotations
