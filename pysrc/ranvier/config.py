@@ -9,9 +9,10 @@ from typing import Any
 SPANS = ("shared", "separate")
 GRIDS = ("consistent", "compat")
 GROUP_SIZES = (None, 32, 64, 128)
-WEIGHT_BITS = (4, 2)
+WEIGHT_BITS = (8, 4, 2)
 WEIGHT_GRIDS = ("uniform", "ternary")
 SALIENCY = ("signed", "absolute")
+HEAD_BITS = (None, 8)
 QUANT_METHOD = "ranvier-spike"  # the name of this quantization among those of transformers
 PIPELINES = ("rtn", "gptq", "omniquant")
 SALIENT_WEIGHT_LEVELS = 16  # codes of a salient column of a 2-bit weight are stored in 4 bits
@@ -33,8 +34,9 @@ def _one_of(name: str, value: Any, allowed: tuple) -> None:
 class SpikeConfig:
     """Bits, steps and ranges of a spiking linear layer (SpikeLLM, arXiv 2407.04752).
 
-    weight_bits: bits of a weight, asymmetric: 4, or 2. With 4 the extra steps are the activations'; with 2 they are the
-        weights': a salient input channel's column sums ``steps`` spikes of 2 bits, and activations take one step.
+    weight_bits: bits of a weight, asymmetric: 4, 2, or 8 (W8A8, no spikes, round to nearest). With 4 the extra steps are the
+        activations'; with 2 they are the weights': a salient input channel's column sums ``steps`` spikes of 2 bits, and
+        activations take one step.
     act_bits: bits of one time step of an activation, 1 to 8: ``2**act_bits`` levels a step. 8 is symmetric,
         ``max|x| / 127``, and takes no further steps. None leaves activations as they are (weight-only).
     steps: time steps T on salient channels; the others take one.
@@ -53,6 +55,8 @@ class SpikeConfig:
     weight_grid: with ``weight_bits=2``: ``"uniform"``, four levels a step, or ``"ternary"``, spikes of -1, 0 and 1.
     saliency: which channels count as salient: those with the largest ``"signed"`` scores (the released code) or
         ``"absolute"`` ones.
+    head_bits: 8 converts the model's output layer (lm_head) too, whatever ``skip`` says: 8-bit weights, rounded to nearest, and
+        8-bit activations (:class:`ranvier.nn.Int8Linear`). None leaves it to ``skip``.
     calibration: an iterable of batches, or the path of a text file, for the ways in that take no such argument. It is no
         part of the configuration's value: not compared, not written out.
 
@@ -72,6 +76,7 @@ class SpikeConfig:
     act_clip: float = 1.0
     weight_grid: str = "uniform"
     saliency: str = "signed"
+    head_bits: int | None = None
     calibration: Any = field(default=None, compare=False, repr=False)
 
     # What transformers asks of a quantization_config (ranvier.integrations.transformers.register).
@@ -101,15 +106,28 @@ class SpikeConfig:
             raise ValueError(f"SpikeConfig.act_clip is {clip!r}; allowed is a share above 0 and up to 1")
         _one_of("weight_grid", self.weight_grid, WEIGHT_GRIDS)
         _one_of("saliency", self.saliency, SALIENCY)
+        _one_of("head_bits", self.head_bits, HEAD_BITS)
         object.__setattr__(self, "act_clip", float(clip))
         object.__setattr__(self, "salient", float(salient))
         object.__setattr__(self, "skip", tuple(self.skip))
         self._check_codes_fit()
 
+    @property
+    def _of_bytes(self) -> tuple:
+        """What has one value with 8-bit weights."""
+        return self.act_bits, self.salient, self.act_clip, self.group_size, self.pipeline
+
     def _check_weight_codes_fit(self) -> None:
+        if self.weight_bits == 8 and self._of_bytes != (8, 0.0, 1.0, None, "rtn"):
+            raise ValueError(
+                "SpikeConfig.weight_bits is 8 (W8A8): allowed with it are act_bits, salient, act_clip, group_size and pipeline"
+                f" (8, 0.0, 1.0, None, 'rtn'); got {self._of_bytes}"
+            )
         if self.weight_bits != 2:
             if self.weight_grid != "uniform":
-                raise ValueError(f"SpikeConfig.weight_grid is {self.weight_grid!r}; with weight_bits=4 allowed is 'uniform'")
+                raise ValueError(
+                    f"SpikeConfig.weight_grid is {self.weight_grid!r} with weight_bits={self.weight_bits}; allowed is 'uniform'"
+                )
             return
         if self.group_size is not None:
             raise ValueError(f"SpikeConfig.group_size is {self.group_size} with weight_bits=2; allowed is None")

@@ -34,6 +34,8 @@ OTHERS = {
     "tests/ops/test_dispatch.py": "the mechanism of ops/_declare.py, by all ops",
     "tests/nn/test_spike_group.py": "layers that share one encoding: a class of nn/spike_linear.py",
     "tests/nn/test_spike_quantized.py": "a further way to make a module of nn/spike_linear.py",
+    "pysrc/ranvier/nn/int8_linear.py": "a further module over ops/spike_linear.py: 8-bit weights as two 4-bit planes",
+    "tests/nn/test_int8_linear.py": "its tests",
     "benchmarks/smollm2.py": "a whole model",
     "benchmarks/stories.py": "weight-only error of the pipelines on a model whose weights are float32",
     "benchmarks/spikellm.py": "the method: what its pipelines and settings cost in perplexity",

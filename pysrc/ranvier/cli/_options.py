@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ranvier.config import GRIDS, GROUP_SIZES, PIPELINES, SALIENCY, SPANS, WEIGHT_BITS, WEIGHT_GRIDS, SpikeConfig
+from ranvier.config import GRIDS, GROUP_SIZES, HEAD_BITS, PIPELINES, SALIENCY, SPANS, WEIGHT_BITS, WEIGHT_GRIDS, SpikeConfig
 
 DEFAULTS = SpikeConfig()
-WEIGHT_FIELDS = ("weight_bits", "weight_grid", "group_size", "pipeline", "rotate")
+WEIGHT_FIELDS = ("weight_bits", "weight_grid", "group_size", "head_bits", "pipeline", "rotate")
 SPIKE_FIELDS = ("act_bits", "act_clip", "steps", "salient", "saliency", "span", "grid")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -77,6 +77,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", choices=GRIDS, default=d.grid, help="ratio of scales (default consistent)")
     sizes = [size for size in GROUP_SIZES if size]
     parser.add_argument("--group-size", type=int, choices=sizes, help="channels a weight scale (default: row)")
+    heads = [bits for bits in HEAD_BITS if bits]
+    parser.add_argument("--head-bits", type=int, choices=heads, help="of the output layer (default: it stays as --skip says)")
     names = {"metavar": "NAME", "nargs": "*", "default": list(d.skip)}
     parser.add_argument("--skip", **names, help="components of layer names to leave alone (default lm_head)")
 

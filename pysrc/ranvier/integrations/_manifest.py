@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ranvier.config import QUANT_METHOD, SpikeConfig
+from ranvier.methods.spikellm.grams import layer_class
 from ranvier.nn.hadamard import Hadamard
 from ranvier.nn.spike_linear import SpikingLinear
-from ranvier.nn.ternary_linear import TernaryLinear
 from ranvier.ops._args import DTYPES
 
 FORMAT_VERSION = 1
@@ -252,8 +252,7 @@ def _check_file(path: Path, facts: Mapping[str, Any]) -> None:
 def empty_layer(entry: LayerEntry, config: SpikeConfig) -> SpikingLinear:
     """A layer of this shape without storage. Raises ValueError for a shape no kernel takes."""
     bias, dtype = entry.bias is not None, FLOATS[entry.dtype]
-    cls = TernaryLinear if config.weight_bits == 2 else SpikingLinear
-    layer = cls(entry.in_features, entry.out_features, bias, config, entry.salient_count, "meta", dtype)
+    layer = layer_class(config)(entry.in_features, entry.out_features, bias, config, entry.salient_count, "meta", dtype)
     if bias:
         layer.bias = torch.nn.Parameter(layer.bias.detach().to(FLOATS[entry.bias]))
     return layer

@@ -145,7 +145,9 @@ class SpikingLinear(nn.Module):
         self.config = config or self.default_config()
         if self.config.weight_bits != self.weight_bits:
             name, bits = type(self).__name__, self.config.weight_bits
-            raise ValueError(f"{name}: config.weight_bits is {bits}; SpikingLinear has 4-bit weights, TernaryLinear 2-bit ones")
+            raise ValueError(
+                f"{name}: config.weight_bits is {bits}; Int8Linear has 8-bit weights, SpikingLinear 4, TernaryLinear 2"
+            )
         self.salient_count = salient_count
         self._clips = self.config.act_clip != 1
         self.dtype = dtype or torch.get_default_dtype()
@@ -302,13 +304,17 @@ class SpikingLinear(nn.Module):
             return plan.description
         return self._make_plan().description
 
+    def _kernel_mask(self) -> Tensor:
+        """The mask that the format's channels go by."""
+        return self.salient_mask
+
     def _make_plan(self) -> _Plan:
-        form, weight, bias = self.format, self.packed_weight, self.bias
-        check_layer("SpikingLinear", CPU, weight, self.salient_mask, bias, form, self.out_features)
-        held = [t for t in (*weight, self.salient_mask, bias) if t is not None]
+        form, weight, bias, mask = self.format, self.packed_weight, self.bias, self._kernel_mask()
+        check_layer("SpikingLinear", CPU, weight, mask, bias, form, self.out_features)
+        held = [t for t in (*weight, mask, bias) if t is not None]
         if not all(t.is_contiguous() for t in held):
             raise ValueError("SpikingLinear: its buffers and bias must be contiguous; assign contiguous tensors")
-        description = layer_description(weight, self.salient_mask, bias, form, self.out_features)
+        description = layer_description(weight, mask, bias, form, self.out_features)
         storages, address = tuple(t.untyped_storage() for t in held), 0 if bias is None else bias.data_ptr()
         self._plan = _Plan(description, *weight, self.salient_mask, address, storages)
         return self._plan

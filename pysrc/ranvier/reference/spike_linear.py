@@ -19,6 +19,7 @@ from torch import Tensor
 from ranvier.reference.spike_encode import SpikeCodes
 
 WEIGHT_TOP = 15
+BYTE_TOP = 255
 
 
 class Quantized(NamedTuple):
@@ -29,11 +30,12 @@ class Quantized(NamedTuple):
     zero: Tensor
 
 
-def quantize_weight(weight: Tensor, lengths: Sequence[int], group_size: int | None) -> Quantized:
-    """Round to nearest on an asymmetric 4-bit grid that includes zero: q uint8 [N, K], scale [N, G], zero uint8 [N, G].
+def quantize_weight(weight: Tensor, lengths: Sequence[int], group_size: int | None, top: int = WEIGHT_TOP) -> Quantized:
+    """Round to nearest on an asymmetric grid that includes zero: q uint8 [N, K], scale [N, G], zero uint8 [N, G].
 
-    s = (max(0, max w) - min(0, min w)) / 15, z = round(-min / s), q = clip(round(w / s) + z, 0, 15), over groups of
-    group_size channels of each range, or over the whole row. weight [N, K] float, its channels in the codes' order.
+    s = (max(0, max w) - min(0, min w)) / top, z = round(-min / s), q = clip(round(w / s) + z, 0, top), over groups of
+    group_size channels of each range, or over the whole row. weight [N, K] float, its channels in the codes' order. top: 15
+    for 4 bits, 255 for 8.
     """
     whole = [weight] * len(lengths)
     pieces = [part for piece in weight.split(lengths, -1) for part in piece.split(group_size or max(piece.shape[-1], 1), -1)]
@@ -42,13 +44,22 @@ def quantize_weight(weight: Tensor, lengths: Sequence[int], group_size: int | No
     for piece, source in zip(pieces, ranged, strict=True):
         low = source.amin(-1, keepdim=True).clamp(max=0.0)
         high = source.amax(-1, keepdim=True).clamp(min=0.0)
-        scale = (high - low) / WEIGHT_TOP
+        scale = (high - low) / top
         scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, 1.0)
-        zero = torch.round(-low / scale).clamp(0, WEIGHT_TOP)
-        codes.append((torch.round(piece / scale) + zero).clamp(0, WEIGHT_TOP))
+        zero = torch.round(-low / scale).clamp(0, top)
+        codes.append((torch.round(piece / scale) + zero).clamp(0, top))
         scales.append(scale)
         zeros.append(zero)
     return Quantized(torch.cat(codes, -1).to(torch.uint8), torch.cat(scales, -1), torch.cat(zeros, -1).to(torch.uint8))
+
+
+def nibble_planes(weight: Quantized) -> Quantized:
+    """8-bit codes [N, K] of one group as 4-bit ones [N, 2 K] of two: the high nibbles, whose scale is 16 s, then the low.
+
+    s (q - z) = 16 s (q // 16 - z // 16) + s (q % 16 - z % 16).
+    """
+    q, scale, zero = weight
+    return Quantized(*(torch.cat(pair, -1) for pair in ((q >> 4, q & 15), (16 * scale, scale), (zero >> 4, zero & 15))))
 
 
 def group_index(lengths: Sequence[int], group_size: int | None, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from ranvier.methods.spikellm.grams import layer_class
 from ranvier.methods.spikellm.rotate import rotated
 from ranvier.methods.spikellm.saliency import SaliencyObserver, salient_mask
 from ranvier.nn.hadamard import HadamardLinear
+from ranvier.nn.int8_linear import Int8Linear
 from ranvier.nn.spike_linear import SpikingLinear, check_convertible
 
 
@@ -108,6 +109,38 @@ def find_linears(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, 
     return found, skipped
 
 
+def output_layer(model: nn.Module) -> tuple[str, nn.Linear]:
+    """The ``nn.Linear`` that makes the logits: transformers' ``get_output_embeddings``, or what is called lm_head.
+
+    Raises ValueError where there is none.
+    """
+    given = getattr(model, "get_output_embeddings", None)
+    head = given() if callable(given) else getattr(model, "lm_head", None)
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if name is None or type(head) is not nn.Linear:
+        raise ValueError(
+            f"spike_: head_bits=8 converts the output layer, and {type(model).__name__} has"
+            f" {'none' if head is None else type(head).__name__} for it; leave head_bits out"
+        )
+    return name, head
+
+
+def _targets(model: nn.Module, config: SpikeConfig) -> tuple[dict[str, nn.Linear], list[str], dict[str, nn.Linear]]:
+    """The layers to convert by ``config``, the names of those left out, and the output layer where it has its own bits."""
+    layers, skipped = find_linears(model, config.skip)
+    if config.head_bits is None:
+        return layers, skipped, {}
+    name, head = output_layer(model)
+    layers.pop(name, None)
+    return layers, [left for left in skipped if left != name], {name: head}
+
+
+def convert_head(name: str, head: nn.Linear) -> Made:
+    """The output layer at 8 bits."""
+    layer = Int8Linear.from_linear(head)
+    return Made(layer, (name,), weight_error(head, layer))
+
+
 def _run_calibration(model: nn.Module, calibration: Iterable[Any]) -> int:
     """Runs every batch; returns how many there were."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -181,7 +214,7 @@ def check_supported(config: SpikeConfig) -> None:
 
 def _converted(model: nn.Module, layers: dict[str, nn.Linear], config: SpikeConfig, calibration: Any, seed: int) -> Conversion:
     """What becomes of the layers; the model stays as it is."""
-    simple = config.weight_bits == 4 or not config.needs_calibration
+    simple = config.weight_bits != 2 or not config.needs_calibration
     if config.pipeline == "rtn" and simple:
         observer = _observe(model, layers, config, calibration)
         tokens = max(reader.tokens for reader in observer.readers.values())
@@ -233,15 +266,17 @@ def spike_(
     if calibration is None and config.calibration is not None:
         calibration = own_calibration(model, config.calibration)
     config = replace(config, calibration=None)  # the layers keep their config, and an iterator cannot be copied or saved
-    layers, skipped = find_linears(model, config.skip)
+    layers, skipped, heads = _targets(model, config)
     if not layers:
         left = f" outside {', '.join(config.skip)}" if skipped else ""
         raise ValueError(f"spike_: {type(model).__name__} has no nn.Linear layer{left}; there is nothing to convert")
-    for name, linear in layers.items():
-        check_convertible(f"spike_: {name}", linear, config)
+    for name, linear in {**layers, **heads}.items():
+        check_convertible(f"spike_: {name}", linear, Int8Linear.default_config() if name in heads else config)
     with rotated(model, seed) if config.rotate else contextlib.nullcontext():
-        layers, skipped = find_linears(model, config.skip)
+        layers, skipped, heads = _targets(model, config)
         done = _converted(model, layers, config, calibration, seed)
+        done.made.update({name: convert_head(name, head) for name, head in heads.items()})
+        layers = {**layers, **heads}
         reports = [report_layer(name, layers[name], made) for name, made in done.made.items()]
         for name, made in done.made.items():
             made.module.train(layers[name].training)

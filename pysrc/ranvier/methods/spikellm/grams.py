@@ -15,6 +15,10 @@ def layer_class(config: SpikeConfig) -> type[SpikingLinear]:
         from ranvier.nn.ternary_linear import TernaryLinear
 
         return TernaryLinear
+    if config.weight_bits == 8:
+        from ranvier.nn.int8_linear import Int8Linear
+
+        return Int8Linear
     return SpikingLinear
 
 
