@@ -53,7 +53,7 @@ bench-peers: $(VENV)/.bench-peers
 BENCH_OUT := $(if $(QUICK),build/bench,benchmarks/results)
 run-bench:
 	@mkdir -p $(BENCH_OUT)
-	@for name in spike_encode spike_linear spike_events spike_rms_norm spike_silu_mul hadamard ternary_linear kv_attention smollm2; do \
+	@for name in spike_encode spike_linear spike_events spike_rms_norm spike_silu_mul hadamard ternary_linear kv_attention flash_attention smollm2; do \
 	  echo "benchmarks/$$name.py"; \
 	  $(BIN)/python benchmarks/$$name.py $(if $(QUICK),--quick) --csv $(BENCH_OUT)/$$name.csv --plot $(BENCH_OUT)/$$name.png || exit 1; \
 	done

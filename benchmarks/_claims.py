@@ -142,15 +142,24 @@ def ternary_linear_claims(rows: list[dict]) -> list[Claim]:
     ]
 
 
+WHOLE = "fused float32"  # all that is ours: fuse_ and the attention of prompts
+
+
 def smollm2_claims(rows: list[dict]) -> list[Claim]:
-    """What the whole model was to gain over float32 torch."""
-    found = {(r["provider"], r["metric"]): r for r in rows if r.get("level") == "model"}
+    """What the whole model was to gain over torch, in float32 and with its linear layers in bfloat16."""
+    found = {(r["provider"], r["metric"]): r["value"] for r in rows if r.get("level") == "model"}
 
-    def times(metric: str) -> float | None:
-        row = found.get(("torch float32", metric))
-        return None if row is None else row["ratio_to_ours"]
+    def times(metric: str, ours: str = "ranvier float32", peer: str = "torch float32") -> float | None:
+        rates = [found.get((name, metric)) for name in (ours, peer)]
+        return None if None in rates else rates[0] / rates[1]
 
+    mixed = (f"ranvier {WHOLE}, lm_head bfloat16", "torch float32, linears bfloat16")
+    eight = (f"ranvier {WHOLE}, lm_head 8 bits", mixed[1])
     return [
         Claim("SmolLM2-135M decode, times as fast as torch float32", times("decode"), 2.0),
         Claim("SmolLM2-135M prefill of 512 tokens, all logits, times as fast as torch float32", times("prefill"), 1.6),
+        Claim("fused, lm_head in bfloat16: decode, times as fast as torch's linears in bfloat16", times("decode", *mixed), 1.6),
+        Claim("fused, lm_head in bfloat16: prefill, all logits, times as fast", times("prefill", *mixed), 1.4),
+        Claim("fused, lm_head at 8 bits: decode, times as fast", times("decode", *eight), 1.6),
+        Claim("fused, lm_head at 8 bits: prefill, all logits, times as fast", times("prefill", *eight), 1.4),
     ]

@@ -217,24 +217,27 @@ def plot_quality(rows: list[dict[str, str]], path: str, settings: list[str], win
     figure.savefig(path, dpi=150)
 
 
-def plot_kv(rows: list[dict], path: str) -> None:
-    """Time of one decoded token's attention against the cached tokens, a panel a shape."""
-    timed = [r for r in rows if r["metric"] == "time" and r["op"] == "kv_attention"]
+def plot_kv(
+    rows: list[dict], path: str, op: str = "kv_attention", across: str = "cached tokens", up: str = "ms a token",
+    title: str = "Decode attention over a key-value cache",
+) -> None:  # fmt: skip
+    """Time of an attention against its tokens, a panel a shape."""
+    timed = [r for r in rows if r["metric"] == "time" and r["op"] == op]
     notes = list(dict.fromkeys(r["note"] for r in timed))
     figure, axes = _new(1, len(notes), (4.4 * len(notes), 4.4))
     names = list(dict.fromkeys(r["provider"] for r in timed))
-    colours = ["#0b4f9e", "#6aa9e9", "#1b9e77", "#d95f02", "#7b3294"]
+    colours = ["#0b4f9e", "#6aa9e9", "#1b9e77", "#d95f02", "#7b3294", "#666666"]
     for axis, note in zip(axes[0], notes, strict=True):
         for i, name in enumerate(names):
             line = sorted((r["M"], r["value"] / 1e3) for r in timed if (r["provider"], r["note"]) == (name, note))
             if line:
-                axis.plot(*zip(*line, strict=True), label=name, color=colours[i % 5], marker="osD^v"[i % 5], ms=4, lw=1.5)
+                axis.plot(*zip(*line, strict=True), label=name, color=colours[i % 6], marker="osD^vx"[i % 6], ms=4, lw=1.5)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_title(note)
-        axis.set_xlabel("cached tokens")
+        axis.set_xlabel(across)
         axis.grid(color="0.88", lw=0.6)
-    axes[0][0].set_ylabel("ms a token")
+    axes[0][0].set_ylabel(up)
     axes[0][0].legend(frameon=False, fontsize=7)
     figure.tight_layout(rect=(0, 0.06, 1, 0.95))
-    _finish(figure, rows, path, "Decode attention over a key-value cache")
+    _finish(figure, rows, path, title)

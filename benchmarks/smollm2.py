@@ -3,8 +3,9 @@
 Decoding is batch 1 with a cache, 512-token prefill gives all logits or the last one's only. The model is transformers',
 lm_head stays a float layer. op: the functional call of all 210 linear layers once; module: the layers' own calls, which
 share an encoding where they read one tensor; model: everything; part: where a model's time goes. "fused": after
-ranvier.fuse_. "lm_head bfloat16": float32 residual stream, lm_head alone in bfloat16; torch's counterpart has every linear
-layer in bfloat16 under a float32 residual stream. Next to them llama.cpp with the same GGUF file.
+ranvier.fuse_, with ranvier's attention of prompts. "lm_head bfloat16": float32 residual stream, lm_head alone in bfloat16;
+torch's counterpart has every linear layer in bfloat16 under a float32 residual stream. "lm_head 8 bits": what
+SpikeConfig(head_bits=8) makes of it. Next to them llama.cpp with the same GGUF file.
 
     python benchmarks/smollm2.py --quick
     python benchmarks/smollm2.py --csv smollm2.csv --plot smollm2.png --check
@@ -30,9 +31,10 @@ from torch import Tensor, nn
 
 import ranvier
 from ranvier import SpikeConfig
+from ranvier.integrations import flash_attention
 from ranvier.integrations.transformers import load_causal_lm, smollm2_path
 from ranvier.methods.spikellm.data import calibration_batches, topics_text
-from ranvier.nn import SpikingLinear
+from ranvier.nn import Int8Linear, SpikingLinear
 from ranvier.ops.spike_linear import spike_linear_dynamic
 
 CONTEXT, NEW, PREFILL = 64, 32, 512
@@ -87,10 +89,19 @@ def with_bfloat16(model: nn.Module, every: bool) -> nn.Module:
     return model
 
 
+def with_8_bits(model: nn.Module) -> nn.Module:
+    """A copy whose lm_head is what ``SpikeConfig(head_bits=8)`` makes of it."""
+    model = copy.deepcopy(model)
+    model.lm_head = Int8Linear.from_linear(model.lm_head)
+    return model
+
+
 def fused(model: nn.Module) -> nn.Module:
-    """A copy after fuse_."""
+    """A copy after fuse_, with the attention of integrations/flash_attention.py."""
     model = copy.deepcopy(model)
     ranvier.fuse_(model)
+    flash_attention.register()
+    model.set_attn_implementation(flash_attention.NAME)
     return model
 
 
@@ -102,6 +113,7 @@ def more_models(models: dict[str, nn.Module]) -> dict[str, nn.Module]:
         "ranvier fused bfloat16": fused(models["ranvier bfloat16"]),
         "ranvier float32, lm_head bfloat16": mixed,
         "ranvier fused float32, lm_head bfloat16": fused(mixed),
+        "ranvier fused float32, lm_head 8 bits": fused(with_8_bits(models["ranvier float32"])),
         "torch float32, linears bfloat16": with_bfloat16(models["torch float32"], every=True),
     }
 

@@ -8,6 +8,7 @@
 #include "core/cpu_features.h"
 #include "core/isa.h"
 #include "core/parallel.h"
+#include "flash_attention/flash_attention.h"
 #include "hadamard/hadamard.h"
 #include "kv_attention/kv_attention.h"
 #include "machine/machine.h"
@@ -288,6 +289,18 @@ void bind_kv(py::module_& m) {
   });
 }
 
+void bind_flash_attention(py::module_& m) {
+  m.def("flash_attention", [](const py::bytes& call, double scale) {
+    const auto c = unpack<ranvier::FlashAttention>(call);
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = ranvier::flash_attention(c, static_cast<float>(scale));
+    }
+    raise_on(status, "flash_attention");
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -298,4 +311,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_hadamard(m);
   bind_spike_neighbours(m);
   bind_kv(m);
+  bind_flash_attention(m);
 }

@@ -19,6 +19,7 @@ TYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32,
     torch.int64, torch.bool,
 )  # fmt: skip
+ONE_TYPE = {"flash_attention"}  # all tensors have the first one's
 CELLS = [row.strip("| ").split(" | ") for row in markdown_matrix()[2:]]
 ROWS = {cells[0].strip("`"): dict(zip(COLUMNS, cells, strict=True)) for cells in CELLS}
 
@@ -39,6 +40,7 @@ def call_of(name: str) -> list:
     ternary_rest = (ternary.salient_mask, ternary.bias.detach(), ternary.out_features, ternary.salient_count)
     return {
         "hadamard": lambda: [torch.randn(3, 48), 24, False],
+        "flash_attention": lambda: [torch.randn(1, 4, 3, 32), keys, keys, True, 0.2],
         "kv_attention": lambda: [torch.randn(1, 4, 1, 32), cache, kv_mask, kv_mask, row + 5, None, None, 3, 3, 0.2],
         "kv_attention_encode": lambda: [keys, keys, cache, kv_mask, kv_mask, row, 3, 3],
         "spike_encode": lambda: [x, layer.salient_mask, form.salient_count, *rule],
@@ -79,8 +81,9 @@ def test_every_op_has_a_row() -> None:
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_dtypes_are_those_that_run(name: str) -> None:
     """The first tensor's types that the table names run on every named backend, every other raises TypeError."""
-    row, (first, *rest) = ROWS[name], call_of(name)
+    row, (first, *others) = ROWS[name], call_of(name)
     for dtype in TYPES:
+        rest = [t.to(dtype) if name in ONE_TYPE and isinstance(t, torch.Tensor) else t for t in others]
         declared = str(dtype)[6:] in row["dtypes"].split(", ")
         for backend in ("cpu", "reference"):
             assert row[backend] == "yes"

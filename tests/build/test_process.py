@@ -19,6 +19,7 @@ from ranvier import _C, SpikeConfig
 from ranvier.nn import SpikeGroup, SpikingGatedMLP, SpikingLinear, SpikingRMSNorm, TernaryLinear
 from ranvier.ops import (
     KVFormat,
+    flash_attention,
     hadamard,
     kv_attention,
     kv_encode,
@@ -261,6 +262,7 @@ def test_kernels_release_the_lock(counted: dict[str, list[int]]) -> None:
         two_bit = TernaryLinear.from_linear(torch.nn.Linear(512, 512))
         ternary_linear(encoded.codes[:256], encoded.scale[:256], two_bit.packed_weight, 512)
         SpikingLinear.from_linear(torch.nn.Linear(512, 512), SpikeConfig(act_bits=None))(x)
+        flash_attention(torch.randn(1, 8, 512, 128), keys, keys)
         kv_encode(keys, keys, cache, mask, mask, 0, form=form_of_cache)
         kv_attention(torch.randn(1, 32, 8, 128), cache, mask, mask, torch.tensor([512]), form=form_of_cache)
         _C.machine_dot(20_000_000)

@@ -114,6 +114,12 @@ def samples(name: str) -> list[tuple]:
             )
             for shape, dtype, grad in zip(shapes, DTYPES, (True, False, False), strict=True)
         ]
+    if name == "flash_attention":
+        sizes = ((1, 4, 7, 24), (1, 2, 9, 24), (1, 2, 9, 24))
+        return [
+            (*(torch.randn(s, generator=generator(i)).to(dtype).requires_grad_(grad) for i, s in enumerate(sizes)), grad, 0.2)
+            for dtype, grad in zip(DTYPES, (True, False, False), strict=True)
+        ]
     if name.startswith("kv_attention"):
         return kv_samples(name)
     raise NotImplementedError(f"no samples for the op {name}: add them, so that opcheck sees it")

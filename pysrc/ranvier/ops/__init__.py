@@ -1,6 +1,7 @@
 """Functional calls of the compiled kernels, each also a torch op in the ``ranvier::`` namespace."""
 
 from ranvier.ops._kv_layout import KVFormat
+from ranvier.ops.flash_attention import flash_attention
 from ranvier.ops.hadamard import hadamard
 from ranvier.ops.kv_attention import kv_attention, kv_decode, kv_encode
 from ranvier.ops.spike_encode import SpikeCodes, SpikeFormat, spike_encode
@@ -29,6 +30,7 @@ __all__ = [
     "TernaryFormat",
     "dequantize_ternary",
     "digit_format",
+    "flash_attention",
     "hadamard",
     "kv_attention",
     "kv_decode",

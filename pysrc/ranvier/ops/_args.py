@@ -14,6 +14,12 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous()
 
 
+def dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor with its last dimension side by side in memory, signs carried out; other strides as they are."""
+    tensor = tensor.resolve_neg()
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def pointer(tensor: Tensor | None) -> int:
     """The address for the compiled module, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

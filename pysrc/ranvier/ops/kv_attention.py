@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ranvier import _C
-from ranvier.ops._args import DTYPES, check_device, check_float, check_is_tensor, pointer
+from ranvier.ops._args import DTYPES, check_device, check_float, check_is_tensor, dense_rows, pointer
 from ranvier.ops._declare import declare
 from ranvier.ops._kv_layout import BLOCK, KVFormat, pack_keys, pack_values, unpack_keys, unpack_values
 from ranvier.ops._kv_triton import attention_launches, encode_launches
@@ -108,12 +108,6 @@ def check(
     )
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with its channels side by side in memory, signs carried out; other strides as they are."""
-    x = x.resolve_neg()
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
-
-
 def fake_encode(key: Tensor, *_: object) -> Tensor:
     return key.new_empty((2, *key.shape[:3]), dtype=torch.float32)
 
@@ -122,7 +116,7 @@ def cpu_encode(
     key: Tensor, value: Tensor, cache: Tensor, key_mask: Tensor, value_mask: Tensor, positions: Tensor,
     key_salient: int, value_salient: int,
 ) -> Tensor:  # fmt: skip
-    key, value, positions = _rows(key), _rows(value), positions.contiguous()
+    key, value, positions = dense_rows(key), dense_rows(value), positions.contiguous()
     key_mask, value_mask = key_mask.contiguous(), value_mask.contiguous()
     steps = fake_encode(key)
     batch, kv_heads, tokens, channels = key.shape
@@ -142,8 +136,8 @@ def triton_encode(
     key_salient: int, value_salient: int,
 ) -> Tensor:  # fmt: skip
     form, steps = KVFormat(key.shape[3], key_salient, value_salient), fake_encode(key)
-    run(encode_launches(form, _rows(key), cache, key_mask, positions, steps[0], "key"))
-    run(encode_launches(form, _rows(value), cache, value_mask, positions, steps[1], "value"))
+    run(encode_launches(form, dense_rows(key), cache, key_mask, positions, steps[0], "key"))
+    run(encode_launches(form, dense_rows(value), cache, value_mask, positions, steps[1], "value"))
     return steps
 
 
@@ -177,7 +171,7 @@ def fake(query: Tensor, *_: object) -> Tensor:
 def _float_mask(mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, float("-inf"))
-    return _rows(mask).expand(*shape, -1)
+    return dense_rows(mask).expand(*shape, -1)
 
 
 def cpu(
@@ -187,7 +181,7 @@ def cpu(
     out = fake(query)
     if not out.is_contiguous():
         out = torch.empty(query.shape, dtype=query.dtype)
-    query, lengths = _rows(query), lengths.contiguous()
+    query, lengths = dense_rows(query), lengths.contiguous()
     key_mask, value_mask = key_mask.contiguous(), value_mask.contiguous()
     starts = None if starts is None else starts.contiguous()
     batch, heads, queries, channels = query.shape
@@ -211,7 +205,7 @@ def triton(
     form = KVFormat(query.shape[3], key_salient, value_salient)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     mask = None if mask is None else _float_mask(mask, query.shape[:3])
-    run(attention_launches(form, _rows(query), cache, key_mask, value_mask, lengths, starts, mask, scale, out))
+    run(attention_launches(form, dense_rows(query), cache, key_mask, value_mask, lengths, starts, mask, scale, out))
     return out
 
 
