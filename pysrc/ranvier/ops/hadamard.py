@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ranvier import _C
-from ranvier.ops._args import DTYPES, MAX_CHANNELS, check_float, plain
+from ranvier.ops._args import DTYPES, MAX_CHANNELS, check_float, check_tokens, plain
 from ranvier.ops._declare import declare
 from ranvier.ops._triton import Launch, run
 from ranvier.reference import hadamard as reference
@@ -38,9 +38,7 @@ def order_fault(order: int) -> str | None:
 
 
 def check(x: Tensor, order: int, transpose: bool) -> None:
-    check_float("hadamard", "x", x)
-    if x.ndim == 0:
-        raise ValueError("hadamard: x has no dimensions; its last one must hold the channels")
+    check_tokens("hadamard", x)
     fault = order_fault(order)
     if fault is not None:
         raise ValueError(f"hadamard: {fault}")
