@@ -394,7 +394,7 @@ def measure(shape: str, tokens: int, rounds: int, limits: Limits, device: torch.
     def copies(size: float) -> int:
         return max(2, int(4 * cache / size) + 1)
 
-    torch._dynamo.reset()  # or later sizes would pass its limit of compilations, and run uncompiled
+    torch.compiler.reset()  # or later sizes would pass its limit of compilations, and run uncompiled
     peers, absent = _peers(weight, x, copies)
     candidates = [_ours(weight, x, copies, None), _ours(weight, x, copies, 128), *peers]
     for candidate in candidates:
