@@ -5,12 +5,15 @@ of a layer once; copies together are four times the second-level cache, so that 
 turns; a result is the median over rounds. The limits, a large copy and torch's int8 product, are measured between them.
 
     python benchmarks/gpu.py --csv benchmarks/results/gpu.csv --check
+
+Peers, where they are installed: pip install torchao gemlite. One that cannot run has a row that says why, and no time.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -22,17 +25,18 @@ from torch import Tensor, nn
 
 from ranvier import SpikeConfig
 from ranvier.nn import SpikingLinear
-from ranvier.ops import SpikeFormat, pack_weight, spike_encode, spike_linear, spike_linear_dynamic
-from ranvier.ops._declare import OPS
+from ranvier.ops import SpikeFormat, pack_weight, spike_encode, spike_linear, spike_linear_dynamic, spike_rms_norm
 
 SHAPES = {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
 TOKENS = (1, 8, 16, 64, 2048)
 MEMORY_CLAIM, COMPUTE_CLAIM = 0.65, 0.60  # of the bandwidth floor at one token, of the int8 peak at 2048
 COPIED = 1 << 30
+SLEEP = 1 << 19  # cycles, some 0.3 ms
 PEAK_SIZE = 8192
 CHECKED_LAYERS = ((4096, 4096, 0), (1030, 70, 0), (4096, 2048, 128), (1000, 96, 32), (11008, 4096, 0))  # K, N, group size
 CHECKED_TOKENS = (1, 2, 8, 16, 33, 130)
 CHECKED_TERNARY = ((512, 64, 0.0), (1030, 70, 0.3), (4096, 4096, 0.05))  # K, N, share of salient channels
+CHECKED_ORDERS = (64, 5120, 11008, 16384, 65536)  # one pass, cores, the longest piece of one pass, two passes
 CHECKED_CACHES = ((8, 1, 65), (32, 8, 1000), (32, 32, 4096))  # heads, kv heads, tokens
 FORMATS = (
     {"act_bits": 4, "steps": 2, "span": "shared", "grid": "consistent"},
@@ -93,7 +97,7 @@ def check_spikes(device: torch.device, backend: str | None) -> int:
 
 def check_ternary(device: torch.device, backend: str | None) -> int:
     """ternary_linear: integers exact, so the CPU kernel's values within a rounding."""
-    from ranvier.ops.ternary_linear import pack_ternary, ternary_format, ternary_linear
+    from ranvier.ops.ternary_linear import pack_ternary, ternary_format, ternary_linear, ternary_linear_dynamic
 
     count = 0
     for channels, outputs, share in CHECKED_TERNARY:
@@ -107,7 +111,45 @@ def check_ternary(device: torch.device, backend: str | None) -> int:
             y = ternary_linear(codes, scale, weight, outputs, None, mask, backend="reference")
             got = ternary_linear(codes.to(device), scale.to(device), there, outputs, None, mask.to(device), backend=backend)
             _same(f"ternary_linear, K={channels}, M={tokens}", got, y, 2e-6 * float(y.abs().max()))
-            count += 1
+            x = torch.randn(tokens, channels)
+            y = ternary_linear_dynamic(x, weight, form, outputs, None, mask, backend="reference")
+            got = ternary_linear_dynamic(x.to(device), there, form, outputs, None, mask.to(device), backend=backend)
+            _same(f"ternary_linear_dynamic, K={channels}, M={tokens}", got, y, 2e-6 * float(y.abs().max()))
+            count += 2
+    return count
+
+
+def check_weight_only(device: torch.device, backend: str | None) -> int:
+    """weight_only_linear against the float product of the dequantized weights, within the steps of its digits."""
+    from ranvier.ops import digit_format, weight_only_linear
+
+    count = 0
+    for channels, outputs, group in CHECKED_LAYERS:
+        form = digit_format(channels, group)
+        weight = pack_weight(torch.randn(outputs, channels), None, form)
+        there = type(weight)(*(t if t is None else t.to(device) for t in weight))
+        for dtype, share in ((torch.float32, 2e-5), (torch.bfloat16, 2.0**-7)):
+            for tokens in (1, 33):
+                x = torch.randn(tokens, channels).to(dtype)
+                y = weight_only_linear(x, weight, form, outputs, backend="reference")
+                got = weight_only_linear(x.to(device), there, form, outputs, backend=backend)
+                _same(f"weight_only_linear, K={channels}, M={tokens}, {dtype}", got, y, share * float(y.abs().max()))
+                count += 1
+    return count
+
+
+def check_hadamard(device: torch.device, backend: str | None) -> int:
+    """hadamard: the CPU kernel's bits in both directions."""
+    from ranvier.ops import hadamard
+
+    count = 0
+    for order in CHECKED_ORDERS:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(3, order).to(dtype)
+            for transpose in (False, True):
+                got = hadamard(x.to(device), order, transpose=transpose, backend=backend)
+                _same(f"hadamard, {order}, {dtype}", got, hadamard(x, order, transpose=transpose))
+                count += 1
     return count
 
 
@@ -149,16 +191,35 @@ def check_gate(device: torch.device, backend: str | None) -> int:
     return len(dtypes)
 
 
-CHECKS = {"spike_linear": check_spikes, "ternary_linear": check_ternary, "kv_attention": check_kv, "spike_silu_mul": check_gate}
+def check_norm(device: torch.device, backend: str | None) -> int:
+    """spike_rms_norm: torch's values but for the order of one sum, and exactly the codes of the values it returns."""
+    dtypes = (torch.float32, torch.bfloat16)
+    for dtype in dtypes:
+        x, weight, mask = torch.randn(33, 5000).to(dtype), torch.rand(5000).to(dtype), torch.rand(5000) < 0.1
+        y, codes = spike_rms_norm(x.to(device), weight.to(device), 1e-5, mask.to(device), backend=backend)
+        truth = nn.functional.rms_norm(x.double(), (5000,), weight.double(), 1e-5)
+        _same(f"spike_rms_norm y, {dtype}", y, truth, 4 * torch.finfo(dtype).eps * truth.abs() + 1e-6)
+        for name, a, b in zip(codes._fields, codes, spike_encode(y.cpu(), mask), strict=True):
+            _same(f"spike_rms_norm {name}, {dtype}", a, b)
+    return len(dtypes)
+
+
+# Each check and the ops whose kernels it runs.
+CHECKS = {
+    check_spikes: ("spike_encode", "spike_linear", "spike_linear_dynamic"),
+    check_ternary: ("ternary_linear", "ternary_linear_dynamic"),
+    check_weight_only: ("weight_only_linear",),
+    check_kv: ("kv_attention_encode", "kv_attention"),
+    check_gate: ("spike_silu_mul",),
+    check_norm: ("spike_rms_norm",),
+    check_hadamard: ("hadamard",),
+}
 
 
 def check_values(device: torch.device, backend: str | None = None) -> dict[str, int]:
-    """How many values of each declared op were compared. Raises WrongValuesError for the first that is wrong."""
+    """How many results of each group of ops were compared. Raises WrongValuesError for the first that is wrong."""
     torch.manual_seed(1)
-    wanted = backend or "triton"
-    return {
-        name: check(device, backend) for name, check in CHECKS.items() if name in OPS and wanted in OPS[name].implementations
-    }
+    return {", ".join(ops): check(device, backend) for check, ops in CHECKS.items()}
 
 
 # --- timing -------------------------------------------------------------------------------------------------------------------
@@ -186,6 +247,7 @@ class Row:
     torch: str
     triton: str
     graph: bool
+    note: str = ""  # why there is no time
 
 
 @dataclass
@@ -221,6 +283,7 @@ def _capture(candidate: Candidate) -> None:
 
 def _seconds(run: Callable[[], None]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(SLEEP)  # all of it is queued before the first event passes: no launch is waited for
     start.record()
     run()
     end.record()
@@ -242,24 +305,23 @@ class Limits:
         return 2 * COPIED / copy, 2.0 * PEAK_SIZE**3 / product
 
 
-def _peers(weight: Tensor, x: Tensor, copies: Callable[[float], int]) -> list[Candidate]:
+def _peers(weight: Tensor, x: Tensor, copies: Callable[[float], int]) -> tuple[list[Candidate], dict[str, str]]:
+    """What runs, and of what does not the reason."""
     n, k = weight.shape
     moved = 2 * (x.numel() + x.shape[0] * n)
     dense = [weight.clone() for _ in range(copies(2 * n * k))]
     found = [Candidate("torch bf16", [lambda w=w: nn.functional.linear(x, w) for w in dense], 2 * n * k + moved)]
-    for name, bits, make in (
-        ("torchao int4", 4, _torchao_int4),
-        ("torchao int8", 8, _torchao_int8),
-        ("gemlite int4", 4, _gemlite),
-    ):
+    absent = {}
+    for name, (bits, make) in PEERS.items():
         try:
             layers = [make(weight) for _ in range(copies(bits / 8 * n * k))]
             layers[0](x)
         except Exception as error:  # noqa: BLE001  a peer that cannot run is reported and left out
-            print(f"  {name}: left out ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+            lines = str(error).splitlines() or [""]
+            absent[name] = f"absent: {type(error).__name__}: {lines[0][:160]}"
             continue
         found.append(Candidate(name, [lambda layer=layer: layer(x) for layer in layers], bits / 8 * n * k + moved))
-    return found
+    return found, absent
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -272,7 +334,8 @@ def _torchao_int4(weight: Tensor) -> nn.Module:
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
     linear = _linear(weight)
-    quantize_(linear, Int4WeightOnlyConfig(group_size=128))
+    # The format whose kernel is torch's own; the default one's comes with another package.
+    quantize_(linear, Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"))
     return linear
 
 
@@ -284,10 +347,28 @@ def _torchao_int8(weight: Tensor) -> nn.Module:
     return linear
 
 
-def _gemlite(weight: Tensor) -> nn.Module:
-    from gemlite.helper import A16W4
+def _torchao_int8_compiled(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return torch.compile(_torchao_int8(weight), dynamic=False)
 
-    return A16W4(device=weight.device, dtype=weight.dtype).from_linear(_linear(weight))
+
+def _gemlite(weight: Tensor) -> nn.Module:
+    from gemlite.helper import A16Wn
+
+    grouped = weight.float().view(-1, 128)  # W = (q - zero) scale
+    low, high = grouped.amin(1, keepdim=True), grouped.amax(1, keepdim=True)
+    scale = (high - low).clamp(min=1e-5) / 15
+    zero = (-low / scale).round()
+    q = ((grouped / scale).round() + zero).clamp(0, 15).to(torch.uint8).view(weight.shape)
+    return A16Wn(device=str(weight.device)).from_weights(q, scale.to(weight.dtype), zero.to(weight.dtype), 4, 128, None)
+
+
+# Name: bits of a weight, and how a layer is made.
+PEERS = {
+    "torchao int4": (4, _torchao_int4),
+    "torchao int8": (8, _torchao_int8),
+    "torchao int8 compiled": (8, _torchao_int8_compiled),
+    "gemlite int4": (4, _gemlite),
+}
 
 
 def _ours(weight: Tensor, x: Tensor, copies: Callable[[float], int], group: int | None) -> Candidate:
@@ -313,7 +394,9 @@ def measure(shape: str, tokens: int, rounds: int, limits: Limits, device: torch.
     def copies(size: float) -> int:
         return max(2, int(4 * cache / size) + 1)
 
-    candidates = [_ours(weight, x, copies, None), _ours(weight, x, copies, 128), *_peers(weight, x, copies)]
+    torch.compiler.reset()  # or later sizes would pass its limit of compilations, and run uncompiled
+    peers, absent = _peers(weight, x, copies)
+    candidates = [_ours(weight, x, copies, None), _ours(weight, x, copies, 128), *peers]
     for candidate in candidates:
         _capture(candidate)
     seconds: list[list[float]] = [[] for _ in candidates]
@@ -326,22 +409,26 @@ def measure(shape: str, tokens: int, rounds: int, limits: Limits, device: torch.
             seconds[index].append(_seconds(candidate.replay) / len(candidate.calls))
     bandwidth, peak = (statistics.median(values) for values in zip(*measured, strict=True))
     rows, operations = [], 2.0 * tokens * n * k
+    name = torch.cuda.get_device_name(device)
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
     for candidate, times in zip(candidates, seconds, strict=True):
         time, ordered = statistics.median(times), sorted(times)
         floor = max(candidate.bytes / bandwidth, operations / peak)
         ratio = statistics.median(t / o for t, o in zip(times, seconds[0], strict=True))
-        rows.append(
-            Row(
-                torch.cuda.get_device_name(device), shape, tokens, n, k, candidate.provider, time * 1e6,
-                ordered[len(ordered) // 5] * 1e6, ordered[-1 - len(ordered) // 5] * 1e6, ratio, candidate.bytes / time / 1e9,
-                operations / time / 1e12, floor / time, bandwidth / 1e9, peak / 1e12, torch.__version__, triton.__version__,
-                candidate.graph,
-            )
+        row = Row(
+            name, shape, tokens, n, k, candidate.provider, time * 1e6, ordered[len(ordered) // 5] * 1e6,
+            ordered[-1 - len(ordered) // 5] * 1e6, ratio, candidate.bytes / time / 1e9, operations / time / 1e12, floor / time,
+            bandwidth / 1e9, peak / 1e12, **versions, graph=candidate.graph,
         )  # fmt: skip
-        row = rows[-1]
-        print(
-            f"  {shape:8} M={tokens:5} {row.provider:14} {row.us:9.1f} us  {row.floor_fraction:5.0%} of the floor  x{ratio:.2f}"
+        rows.append(row)
+        share = f"{row.us:9.1f} us  {row.floor_fraction:5.0%} of the floor  x{ratio:.2f}"
+        print(f"  {shape:8} M={tokens:5} {row.provider:22} {share}", flush=True)
+    limits_of_row = (bandwidth / 1e9, peak / 1e12)
+    for provider, why in absent.items():
+        rows.append(
+            Row(name, shape, tokens, n, k, provider, *[math.nan] * 7, *limits_of_row, **versions, graph=False, note=why)
         )
+        print(f"  {shape:8} M={tokens:5} {provider:22} {why}", flush=True)
     return rows
 
 
@@ -360,6 +447,14 @@ def claims(rows: list[Row]) -> list[str]:
     return lines
 
 
+def write(path: Path, rows: list[Row]) -> None:
+    """All rows as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(rows[0])))
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape, three rounds")
@@ -375,15 +470,13 @@ def main(arguments: list[str] | None = None) -> int:
     for name, count in check_values(device).items():
         print(f"  {name}: {count} results equal the reference's")
     limits, rows = Limits(device), []
+    if options.csv:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
     for shape in ("o",) if options.quick else SHAPES:
         for tokens in TOKENS:
             rows += measure(shape, tokens, 3 if options.quick else options.rounds, limits, device)
-    if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(asdict(rows[0])))
-            writer.writeheader()
-            writer.writerows(map(asdict, rows))
+            if options.csv:  # after each size: what was measured stays if a later one fails
+                write(options.csv, rows)
     lines = claims(rows)
     if options.check:
         print("\n".join(lines))

@@ -16,11 +16,16 @@ def _butterfly(v, P: tl.constexpr, DISTANCE: tl.constexpr):
 
 
 @triton.jit
-def hadamard_pieces(x, y, scale, P: tl.constexpr, STEPS: tl.constexpr):
-    """S_p on each piece of p = 2^STEPS values: x [pieces, p] -> y, times the scale; grid (pieces,)."""
-    at = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
+def hadamard_pieces(x, y, scale, stride, P: tl.constexpr, RUN: tl.constexpr, FIRST: tl.constexpr, STEPS: tl.constexpr):
+    """STEPS butterflies, from the distance 2^FIRST of a tile of P values upwards, then the scale; grid (pieces, stride / RUN).
+
+    A tile is P / RUN runs of RUN neighbours, a stride apart. Whole pieces: one run, FIRST = 0. Of a piece that is too long
+    for one program: its parts as pieces of their own, then, with 2^FIRST = RUN and as many runs as parts, what joins them.
+    """
+    i = tl.arange(0, P)
+    at = tl.program_id(0).to(tl.int64) * (P // RUN) * stride + tl.program_id(1) * RUN + i // RUN * stride + i % RUN
     v = tl.load(x + at).to(tl.float32)
-    for step in tl.static_range(STEPS):
+    for step in tl.static_range(FIRST, FIRST + STEPS):
         v = _butterfly(v, P, 2**step)
     tl.store(y + at, (v * scale).to(y.dtype.element_ty))
 

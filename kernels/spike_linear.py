@@ -13,35 +13,7 @@ tokens waste nothing. Both can split K over programs; combine then finishes.
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def _dot4(w, c, acc, DOT: tl.constexpr):
-    """acc + sum_j w_j c_j over the four bytes of each word; w_j are 0..15, c_j signed."""
-    if DOT == "cuda":
-        acc = tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [w, c, acc], dtype=tl.int32, is_pure=True, pack=1
-        )
-    elif DOT == "hip":
-        acc = tl.inline_asm_elementwise(
-            "v_dot4_i32_i8 $0, $1, $2, $3", "=v,v,v,v", [w, c, acc], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        for j in tl.static_range(4):
-            acc += ((w >> (8 * j)) & 15) * ((c << (24 - 8 * j)) >> 24)
-    return acc
-
-
-@triton.jit
-def _unpack(packed, STRIPS: tl.constexpr, BLOCKS: tl.constexpr):
-    """uint8 [STRIPS, 64 * BLOCKS] as it lies in memory -> int8 [32 * STRIPS, 4 * BLOCKS], outputs x channels.
-
-    The low nibbles of all strips, then the high ones: so four channels of an output stay together from memory to the tensor
-    core's operand, and no byte has to change its thread after it was unpacked.
-    """
-    packed = tl.reshape(tl.permute(tl.reshape(packed, (STRIPS, BLOCKS, 16, 4)), (0, 2, 1, 3)), (16 * STRIPS, 4 * BLOCKS))
-    halves = tl.join(packed & 15, packed >> 4).to(tl.int8)
-    return tl.reshape(tl.permute(halves, (2, 0, 1)), (32 * STRIPS, 4 * BLOCKS))
+from ranvier.kernels._blocks import both_halves, by_output, dot4, stacked, stacked_outputs
 
 
 @triton.jit
@@ -73,15 +45,9 @@ def _gemv_words(
         w = tl.load(weight + block * 16 + lane, mask=live, other=0)
         c = tl.load(codes + m[:, None, None] * rows + block, mask=live, other=0)
         c = tl.broadcast_to(c, (ROWS, TILE, 16))
-        low = _dot4(tl.broadcast_to(w & 0x0F0F0F0F, (ROWS, TILE, 16)), c, low, DOT)
-        high = _dot4(tl.broadcast_to((w >> 4) & 0x0F0F0F0F, (ROWS, TILE, 16)), c, high, DOT)
+        low = dot4(tl.broadcast_to(w & 0x0F0F0F0F, (ROWS, TILE, 16)), c, low, DOT)
+        high = dot4(tl.broadcast_to((w >> 4) & 0x0F0F0F0F, (ROWS, TILE, 16)), c, high, DOT)
     return low, high
-
-
-@triton.jit
-def _both_halves(low, high, ROWS: tl.constexpr):
-    """[ROWS, 16] twice -> [ROWS, 32], outputs in order."""
-    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (ROWS, 32))
 
 
 @triton.jit
@@ -141,7 +107,7 @@ def spike_linear_gemv(
                 sums = tl.load(code_sum + m[:, None] * groups + index[None, :])
                 t_low += _group_terms(low, at, live, sums, zeros, weight_scale, weight_zero, weight_sum, COMPAT)
                 t_high += _group_terms(high, at + 16, live, sums, zeros, weight_scale, weight_zero, weight_sum, COMPAT)
-            t = _both_halves(t_low, t_high, ROWS)
+            t = both_halves(t_low, t_high, ROWS)
             if SPLITS > 1:
                 tl.store(partial + ((split * RANGES + r) * M + m)[:, None] * N + n[None, :], t, mask=keep)
         else:
@@ -150,7 +116,7 @@ def spike_linear_gemv(
             last = tl.minimum(first + piece, end)
             count = tl.maximum(tl.cdiv(last - first, TILE), 0)
             low, high = _gemv_words(codes, weight, m, rows, first, last, 1, TILE, count, ROWS, TILE, STAGES, DOT)
-            acc = _both_halves(tl.sum(low, axis=1), tl.sum(high, axis=1), ROWS)
+            acc = both_halves(tl.sum(low, axis=1), tl.sum(high, axis=1), ROWS)
             if SPLITS > 1:
                 tl.store(partial + ((split * RANGES + r) * M + m)[:, None] * N + n[None, :], acc, mask=keep)
             else:
@@ -185,7 +151,8 @@ def _gemm_sums(
             c = tl.load(
                 codes + (at_token + block * 4)[None, :] + channel[:, None], mask=channel[:, None] < (last - block) * 4, other=0
             )
-        acc = tl.dot(_unpack(packed, BLOCK_N // 32, BLOCK), c, acc, out_dtype=tl.int32)
+        packed = by_output(packed, BLOCK_N // 32, BLOCK)
+        acc = tl.dot(stacked(packed & 15, packed >> 4, BLOCK_N, 4 * BLOCK), c, acc, out_dtype=tl.int32)
     return acc
 
 
@@ -215,8 +182,7 @@ def spike_linear_gemm(
     n_tile = stripe * STRIPE + (tile % (STRIPE * m_tiles)) % wide
     m_tile = (tile % (STRIPE * m_tiles)) // wide
     token = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = tl.arange(0, BLOCK_N)  # in the order of _unpack
-    n = n_tile * BLOCK_N + row % (BLOCK_N // 2) // 16 * 32 + row // (BLOCK_N // 2) * 16 + row % 16
+    n = stacked_outputs(n_tile, BLOCK_N)
     m = tl.minimum(token, M - 1)
     strips = tl.cdiv(N, 32)
     strip = tl.minimum(n_tile * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32), strips - 1).to(tl.int64)

@@ -11,23 +11,7 @@ salient_at.
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def _dot4(w, c, acc, DOT: tl.constexpr):
-    """acc + sum_j w_j c_j over the four bytes of each word; w_j are 0..15, c_j signed."""
-    if DOT == "cuda":
-        acc = tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [w, c, acc], dtype=tl.int32, is_pure=True, pack=1
-        )
-    elif DOT == "hip":
-        acc = tl.inline_asm_elementwise(
-            "v_dot4_i32_i8 $0, $1, $2, $3", "=v,v,v,v", [w, c, acc], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        for j in tl.static_range(4):
-            acc += ((w >> (8 * j)) & 15) * ((c << (24 - 8 * j)) >> 24)
-    return acc
+from ranvier.kernels._blocks import both_halves, by_output, dot4, stacked, stacked_outputs
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -63,24 +47,18 @@ def ternary_linear_gemv(
                 at = codes + m * stride + 2 * block
                 c = tl.broadcast_to(tl.load(at, mask=live, other=0), (ROWS, TILE, 16))
                 d = tl.broadcast_to(tl.load(at + 1, mask=live, other=0), (ROWS, TILE, 16))
-                low = _dot4(tl.broadcast_to(w & 0x03030303, (ROWS, TILE, 16)), c, low, DOT)
-                high = _dot4(tl.broadcast_to((w >> 2) & 0x03030303, (ROWS, TILE, 16)), c, high, DOT)
-                low = _dot4(tl.broadcast_to((w >> 4) & 0x03030303, (ROWS, TILE, 16)), d, low, DOT)
-                high = _dot4(tl.broadcast_to((w >> 6) & 0x03030303, (ROWS, TILE, 16)), d, high, DOT)
+                low = dot4(tl.broadcast_to(w & 0x03030303, (ROWS, TILE, 16)), c, low, DOT)
+                high = dot4(tl.broadcast_to((w >> 2) & 0x03030303, (ROWS, TILE, 16)), c, high, DOT)
+                low = dot4(tl.broadcast_to((w >> 4) & 0x03030303, (ROWS, TILE, 16)), d, low, DOT)
+                high = dot4(tl.broadcast_to((w >> 6) & 0x03030303, (ROWS, TILE, 16)), d, high, DOT)
             else:
                 at = codes + m * stride + (salient_at if r == 1 else 0) + block - begin
                 c = tl.broadcast_to(tl.load(at, mask=live, other=0), (ROWS, TILE, 16))
-                low = _dot4(tl.broadcast_to(w & 0x0F0F0F0F, (ROWS, TILE, 16)), c, low, DOT)
-                high = _dot4(tl.broadcast_to((w >> 4) & 0x0F0F0F0F, (ROWS, TILE, 16)), c, high, DOT)
-        both = tl.permute(tl.join(tl.sum(low, axis=1), tl.sum(high, axis=1)), (0, 2, 1))
+                low = dot4(tl.broadcast_to(w & 0x0F0F0F0F, (ROWS, TILE, 16)), c, low, DOT)
+                high = dot4(tl.broadcast_to((w >> 4) & 0x0F0F0F0F, (ROWS, TILE, 16)), c, high, DOT)
+        both = both_halves(tl.sum(low, axis=1), tl.sum(high, axis=1), ROWS)
         to = partial + ((split * RANGES + r) * M + token).to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(to, tl.reshape(both, (ROWS, 32)), mask=keep)
-
-
-@triton.jit
-def _halves(low, high, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows of the outputs i of all strips, then those of the outputs 16 + i: int8 [ROWS, COLUMNS]."""
-    return tl.reshape(tl.permute(tl.join(low, high).to(tl.int8), (2, 0, 1)), (ROWS, COLUMNS))
+        tl.store(to, both, mask=keep)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -93,8 +71,7 @@ def ternary_linear_gemm(
     split = tl.program_id(2)
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m = tl.minimum(token, M - 1).to(tl.int64)
-    row = tl.arange(0, BLOCK_N)
-    n = tl.program_id(1) * BLOCK_N + row % (BLOCK_N // 2) // 16 * 32 + row // (BLOCK_N // 2) * 16 + row % 16
+    n = stacked_outputs(tl.program_id(1), BLOCK_N)
     STRIPS: tl.constexpr = BLOCK_N // 32
     strip = tl.minimum(tl.program_id(1) * STRIPS + tl.arange(0, STRIPS), tl.cdiv(N, 32) - 1).to(tl.int64)
     byte, channel = tl.arange(0, 64 * BLOCK), tl.arange(0, 4 * BLOCK)
@@ -108,17 +85,17 @@ def ternary_linear_gemm(
         for block in range(first, last, BLOCK):
             at = weight + ((strip * rows + block) * 64)[:, None] + byte[None, :]
             p = tl.load(at, mask=(byte < (last - block) * 64)[None, :], other=0)
-            p = tl.reshape(tl.permute(tl.reshape(p, (STRIPS, BLOCK, 16, 4)), (0, 2, 1, 3)), (16 * STRIPS, 4 * BLOCK))
+            p = by_output(p, STRIPS, BLOCK)
             live = channel[:, None] < (last - block) * 4
             if r == 0 and FIRST_BITS == 2:
                 place = codes + (m * stride + block * 8)[None, :] + (channel // 4 * 8 + channel % 4)[:, None]
                 c = tl.load(place, mask=live, other=0)
                 d = tl.load(place + 4, mask=live, other=0)
-                acc = tl.dot(_halves(p & 3, (p >> 2) & 3, BLOCK_N, 4 * BLOCK), c, acc, out_dtype=tl.int32)
-                acc = tl.dot(_halves((p >> 4) & 3, p >> 6, BLOCK_N, 4 * BLOCK), d, acc, out_dtype=tl.int32)
+                acc = tl.dot(stacked(p & 3, (p >> 2) & 3, BLOCK_N, 4 * BLOCK), c, acc, out_dtype=tl.int32)
+                acc = tl.dot(stacked((p >> 4) & 3, p >> 6, BLOCK_N, 4 * BLOCK), d, acc, out_dtype=tl.int32)
             else:
                 place = codes + (m * stride + (salient_at if r == 1 else 0) + (block - begin) * 4)[None, :] + channel[:, None]
                 c = tl.load(place, mask=live, other=0)
-                acc = tl.dot(_halves(p & 15, p >> 4, BLOCK_N, 4 * BLOCK), c, acc, out_dtype=tl.int32)
+                acc = tl.dot(stacked(p & 15, p >> 4, BLOCK_N, 4 * BLOCK), c, acc, out_dtype=tl.int32)
         to = partial + (split * RANGES + r) * (M.to(tl.int64) * N) + token.to(tl.int64)[None, :] * N + n[:, None]
         tl.store(to, acc, mask=(token < M)[None, :] & (n < N)[:, None])

@@ -10,6 +10,8 @@ import pytest
 import torch
 from compiled import ROOT
 
+from ranvier.ops._declare import OPS
+
 
 @pytest.fixture(scope="module")
 def gpu() -> ModuleType:
@@ -36,11 +38,33 @@ def test_value_checks_pass_on_the_cpu_and_see_an_error(gpu: ModuleType, monkeypa
     monkeypatch.setattr(gpu, "CHECKED_TERNARY", gpu.CHECKED_TERNARY[:2])
     monkeypatch.setattr(gpu, "CHECKED_CACHES", gpu.CHECKED_CACHES[:1])
     cpu = torch.device("cpu")
-    assert gpu.check_values(cpu, "cpu") == {"spike_linear": 24, "ternary_linear": 8, "kv_attention": 2, "spike_silu_mul": 3}
+    monkeypatch.setattr(gpu, "CHECKED_ORDERS", gpu.CHECKED_ORDERS[:2])
+    assert list(gpu.check_values(cpu, "cpu").values()) == [24, 16, 8, 2, 3, 2, 8]
     right = torch.ones(4)
     for wrong in (torch.tensor([1.0, 1.0, 1.0, 1.1]), torch.tensor([1.0, float("nan"), 1.0, 1.0])):
         with pytest.raises(gpu.WrongValuesError, match="1 of 4 values"):
             gpu._same("x", wrong, right, 0.05)
+
+
+def test_every_op_with_a_kernel_is_checked(gpu: ModuleType) -> None:
+    """The checks name all ops that have a Triton backend, each once."""
+    named = [name for ops in gpu.CHECKS.values() for name in ops]
+    assert sorted(named) == sorted(name for name, op in OPS.items() if "triton" in op.implementations)
+
+
+def test_candidates_compute_the_same_layer(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed, made on CPU tensors: each call of each candidate is near x W^T, and a peer that cannot run says why."""
+    weight, x = torch.randn(64, 256).bfloat16() / 16, torch.randn(3, 256).bfloat16()
+    monkeypatch.delitem(gpu.PEERS, "torchao int8 compiled")  # a compiler's run takes seconds
+    peers, absent = gpu._peers(weight, x, lambda size: 2)
+    ours = [gpu._ours(weight, x, lambda size: 2, group) for group in (None, 128)]
+    truth = x.double() @ weight.double().T
+    for candidate in (*ours, *peers):
+        assert len(candidate.calls) == 2 and candidate.bytes > 64 * 256 / 2
+        for call in candidate.calls:
+            assert float((call().double() - truth).abs().max()) < 0.25 * float(truth.abs().max())
+    assert {c.provider for c in peers} | set(absent) == {"torch bf16", *gpu.PEERS}
+    assert all(why.startswith("absent: ") for why in absent.values())
 
 
 def test_claims_read_the_rows(gpu: ModuleType) -> None:

@@ -179,7 +179,7 @@ def encoding() -> list[Launch]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_shapes_fit(target: str, tmp_path: Path) -> None:
-    """Every shape of the table compiles within the processor's memory and registers, with next to no spills."""
+    """Every shape of the table compiles within the processor's memory and registers, without spills."""
     used: set = set()
     with device(target, used):
         made = launches(256) + encoding()

@@ -122,7 +122,7 @@ def launches(rule: dict, group: int, channels: int, source: str | None = None) -
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_shapes_fit(target: str, tmp_path: Path) -> None:
-    """Every shape of the table compiles with next to no spills, division is IEEE's, and no multiply-add was contracted."""
+    """Every shape of the table compiles without spills, division is IEEE's, and no multiply-add was contracted."""
     used: set = set()
     with device(target, used):
         made = launches(MAIN_RULES[0], 128, 4096, "norm") + launches(MAIN_RULES[5], 32, 1024)

@@ -99,10 +99,10 @@ def launches(tokens: int, outputs: int, salient: int) -> list[Launch]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_shapes_fit(target: str, tmp_path: Path) -> None:
-    """Every shape of the table compiles within the processor's memory and registers, with next to no spills."""
+    """Every shape of the table compiles within the processor's memory and registers, without spills."""
     used: set = set()
     with device(target, used):
-        shapes = ((1, 2048, 0), (1, 4096, 0), (8, 4096, 512), (64, 4096, 512), (2048, 4096, 0))
+        shapes = ((1, 2048, 0), (1, 4096, 0), (8, 4096, 512), (64, 4096, 512), (2048, 4096, 0), (2048, 4096, 512))
         made = [launches(*shape)[0] for shape in shapes]
     for launch, needs in zip(made, assert_all_fit("ternary_linear", target, made, used, tmp_path), strict=True):
         if target == "sm_90" and launch.kernel.endswith("gemm"):

@@ -38,6 +38,18 @@ def check_float(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} is {tensor.dtype}; pass float32, bfloat16 or float16")
 
 
+def check_tokens(op: str, x: Tensor) -> None:
+    """Raises TypeError or ValueError unless x [..., K] holds floats."""
+    check_float(op, "x", x)
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x has no dimensions; its last one must hold the channels")
+
+
+def check_result(op: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"{op}: dtype is {dtype}; allowed are float32, bfloat16 and float16")
+
+
 def check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if tensor.dtype != dtype:
         raise TypeError(f"{op}: {name} is {tensor.dtype}; it must be {dtype}")

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from ranvier import _C
-from ranvier.ops._args import DTYPES, MAX_CHANNELS, check_float, plain
+from ranvier.ops._args import DTYPES, MAX_CHANNELS, check_float, check_tokens, plain
 from ranvier.ops._declare import declare
 from ranvier.ops._triton import Launch, run
 from ranvier.reference import hadamard as reference
 from ranvier.reference.hadamard import hadamard_core, hadamard_order
 
 SCHEMA = "hadamard(Tensor x, int order, bool transpose) -> Tensor"
+# On a GPU: the longest piece that one program transforms (its values pass through 64 KiB of shared memory), and the tile of
+# the two passes that a longer one takes.
+WHOLE_PIECE, TILE = 16384, 4096
 
 
 @functools.cache
@@ -35,9 +38,7 @@ def order_fault(order: int) -> str | None:
 
 
 def check(x: Tensor, order: int, transpose: bool) -> None:
-    check_float("hadamard", "x", x)
-    if x.ndim == 0:
-        raise ValueError("hadamard: x has no dimensions; its last one must hold the channels")
+    check_tokens("hadamard", x)
     fault = order_fault(order)
     if fault is not None:
         raise ValueError(f"hadamard: {fault}")
@@ -71,16 +72,29 @@ def cpu(x: Tensor, order: int, transpose: bool) -> Tensor:
     return y
 
 
+def _piece_launch(x: Tensor, y: Tensor, scale: float, tile: int, run: int, first: int, stride: int) -> Launch:
+    """Butterflies within tiles of ``tile`` values, runs of ``run`` neighbours a stride apart, at distances from 2^first."""
+    shape = {"P": tile, "RUN": run, "FIRST": first, "STEPS": tile.bit_length() - 1 - first}
+    grid = (x.numel() // (tile // run * stride), stride // run)
+    options = {"num_warps": max(4, min(tile // 512, 16))}
+    return Launch("hadamard", "hadamard_pieces", grid, {"x": x, "y": y, "scale": scale, "stride": stride, **shape}, options)
+
+
 def launches(x: Tensor, order: int, matrix: Tensor | None, y: Tensor) -> list[Launch]:
-    """What fills y, contiguous like x: pieces by one kernel, then the core, where matrix [m, m] is one, by another."""
+    """What fills y, contiguous like x: pieces, long ones in two passes, then the core, where matrix [m, m] is one."""
     core = 1 if matrix is None else matrix.shape[0]
     rows, piece = x.numel() // order, order // core
     scale = float(1 / torch.tensor(order, dtype=torch.float64).sqrt())
+    made: list[Launch] = []
+    if piece > WHOLE_PIECE:
+        parts = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        made.append(_piece_launch(x, parts, 1.0, TILE, TILE, 0, TILE))
+        x, tile, run, stride = parts, TILE, TILE * TILE // piece, TILE
+    else:
+        tile, run, stride = piece, piece, piece
     middle = y if matrix is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    steps = piece.bit_length() - 1
-    pieces = {"x": x, "y": middle, "scale": scale if matrix is None else 1.0, "P": piece, "STEPS": steps}
-    options = {"num_warps": max(4, min(piece // 512, 16))}
-    made = [Launch("hadamard", "hadamard_pieces", (rows * core,), pieces, options)]
+    first = run.bit_length() - 1 if stride < piece else 0
+    made.append(_piece_launch(x, middle, scale if matrix is None else 1.0, tile, run, first, stride))
     if matrix is not None:
         block = min(128, max(16, piece))
         across = {"x": middle, "matrix": matrix, "y": y, "scale": scale, "M": core, "p": piece, "BLOCK_M": 16, "BLOCK_P": block}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ranvier import _C
 from ranvier.config import GRIDS, SPANS
-from ranvier.ops._args import DTYPES, MAX_CHANNELS, check_device, check_float, plain, pointer
+from ranvier.ops._args import DTYPES, MAX_CHANNELS, check_device, check_tokens, plain, pointer
 from ranvier.ops._declare import declare
 from ranvier.ops._spike_triton import Places, encode_launches, packed_places
 from ranvier.ops._triton import run
@@ -124,9 +124,7 @@ def clipping(act_clip: float | None) -> tuple:
 
 
 def check(x: Tensor, salient_mask: Tensor | None, salient_count: int, *rest) -> None:
-    check_float("spike_encode", "x", x)
-    if x.ndim == 0:
-        raise ValueError("spike_encode: x has no dimensions; its last one must hold the channels")
+    check_tokens("spike_encode", x)
     format_of(x.shape[-1], salient_count, *rest).check("spike_encode")
     check_device("spike_encode", x.device, salient_mask=salient_mask)
     if salient_mask is None:

@@ -9,14 +9,25 @@ straight-through one: dx = dy W^, db = sum dy. Formulas: :mod:`ranvier.reference
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ranvier import _C
-from ranvier.ops._args import DTYPES, check_channels, check_device, check_float, check_is_tensor, check_tensor, plain, pointer
+from ranvier.ops._args import (
+    DTYPES,
+    check_channels,
+    check_device,
+    check_float,
+    check_is_tensor,
+    check_result,
+    check_tensor,
+    check_tokens,
+    plain,
+    pointer,
+)
 from ranvier.ops._declare import declare
 from ranvier.ops._spike_triton import blocked_codes, blocked_places, encode_launches, linear_launches
 from ranvier.ops._triton import run
@@ -194,8 +205,7 @@ def check_codes(codes: Tensor, scale: Tensor, code_sum: Tensor, zero: Tensor, *r
     check_tensor("spike_linear", "scale", scale, torch.float32, (*lead, len(form.lengths)))
     check_tensor("spike_linear", "code_sum", code_sum, torch.int32, (*lead, sum(form.groups)))
     check_tensor("spike_linear", "zero", zero, torch.int32, (*lead, len(form.lengths)))
-    if rest[-1] not in DTYPES:
-        raise TypeError(f"spike_linear: dtype is {rest[-1]}; allowed are float32, bfloat16 and float16")
+    check_result("spike_linear", rest[-1])
 
 
 def fake_codes(codes: Tensor, scale: Tensor, code_sum: Tensor, zero: Tensor, *rest) -> Tensor:
@@ -239,9 +249,7 @@ op = declare(
 
 def check_dynamic(x: Tensor, *rest) -> None:
     packed, mask = rest[0], rest[4]
-    check_float("spike_linear", "x", x)
-    if x.ndim == 0:
-        raise ValueError("spike_linear: x has no dimensions; its last one must hold the channels")
+    check_tokens("spike_linear", x)
     if mask is not None:
         check_channels("spike_linear", x, mask.shape[0])
     elif packed.ndim == 3 and -(-x.shape[-1] // 4) != packed.shape[1]:
@@ -285,6 +293,14 @@ def _rule(form: SpikeFormat) -> tuple:
     return form.act_bits, form.steps, form.span, form.grid, form.group_size
 
 
+def straight_through(
+    grad: Tensor, weight: Callable[[], Tensor], for_x: bool, for_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = dy W^ and db = sum dy, where they are needed. weight makes W^ [N, K]."""
+    grad_x = grad @ weight().to(grad.dtype) if for_x else None
+    return grad_x, grad.reshape(-1, grad.shape[-1]).sum(0) if for_bias else None
+
+
 def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
     x, *rest = inputs
     ctx.save_for_backward(*rest[:5])
@@ -295,12 +311,11 @@ def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
 def backward(ctx, grad: Tensor) -> tuple:
     packed, scale, zero, total, mask = ctx.saved_tensors
     out, count, *rule = ctx.options
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        form = format_of(ctx.channels, count, *rule)
-        grad_x = grad @ unpack_weight(PackedWeight(packed, scale, zero, total), mask, form, out).to(grad.dtype)
-    if ctx.has_bias and ctx.needs_input_grad[6]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+
+    def weight() -> Tensor:
+        return unpack_weight(PackedWeight(packed, scale, zero, total), mask, format_of(ctx.channels, count, *rule), out)
+
+    grad_x, grad_bias = straight_through(grad, weight, ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[6])
     return (grad_x, *[None] * 5, grad_bias, *[None] * 8)
 
 

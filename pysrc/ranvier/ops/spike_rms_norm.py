@@ -12,7 +12,7 @@ import math
 from torch import Tensor
 
 from ranvier import _C
-from ranvier.ops._args import DTYPES, check_device, check_float, plain, pointer
+from ranvier.ops._args import DTYPES, check_device, check_float, check_tokens, plain, pointer
 from ranvier.ops._declare import declare
 from ranvier.ops._spike_triton import Norm, encode_launches, packed_places
 from ranvier.ops._triton import run
@@ -32,10 +32,8 @@ SCHEMA = (
 
 def check_norm(op: str, x: Tensor, weight: Tensor, eps: float, weighting: str) -> None:
     """Raises ValueError or TypeError for what is no norm of x."""
-    check_float(op, "x", x)
+    check_tokens(op, x)
     check_float(op, "weight", weight)
-    if x.ndim == 0:
-        raise ValueError(f"{op}: x has no dimensions; its last one must hold the channels")
     if tuple(weight.shape) != (x.shape[-1],):
         raise ValueError(f"{op}: weight has shape {list(weight.shape)}; it must be [{x.shape[-1]}], one entry per channel of x")
     check_device(op, x.device, weight=weight)

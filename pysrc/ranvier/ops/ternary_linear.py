@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ranvier import _C
-from ranvier.ops._args import DTYPES, check_channels, check_device, check_float, check_tensor, plain
+from ranvier.ops._args import DTYPES, check_channels, check_device, check_result, check_tensor, check_tokens, plain
 from ranvier.ops._declare import declare
 from ranvier.ops._digits import add_digits, digit_rows
 from ranvier.ops._spike_triton import encode_launches
@@ -32,6 +32,7 @@ from ranvier.ops.spike_linear import (
     check_layer,
     layer_description,
     pack_codes,
+    straight_through,
     unpack_codes,
 )
 from ranvier.reference import ternary_linear as reference
@@ -200,8 +201,7 @@ def check_codes(codes: Tensor, scale: Tensor, *rest) -> None:
     lead = tuple(codes.shape[:-1])
     check_tensor("ternary_linear", "codes", codes, torch.int8, (*lead, form.channels))
     check_tensor("ternary_linear", "scale", scale, torch.float32, (*lead, 1))
-    if dtype not in DTYPES:
-        raise TypeError(f"ternary_linear: dtype is {dtype}; allowed are float32, bfloat16 and float16")
+    check_result("ternary_linear", dtype)
 
 
 def fake_codes(codes: Tensor, scale: Tensor, *rest) -> Tensor:
@@ -247,9 +247,7 @@ def _dynamic_format(x: Tensor, rest: tuple) -> TernaryFormat:
 
 
 def check_dynamic(x: Tensor, *rest) -> None:
-    check_float("ternary_linear", "x", x)
-    if x.ndim == 0:
-        raise ValueError("ternary_linear: x has no dimensions; its last one must hold the channels")
+    check_tokens("ternary_linear", x)
     if rest[3] is not None:
         check_channels("ternary_linear", x, rest[3].shape[0])
     weight, mask, bias, out, _ = _split(rest[:7])
@@ -306,12 +304,12 @@ def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
 def backward(ctx, grad: Tensor) -> tuple:
     packed, scale, zero, mask = ctx.saved_tensors
     out, count, act_bits, *_clip = ctx.options
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
+
+    def weight() -> Tensor:
         form = _format_of(ctx.channels, count, act_bits or 8)
-        grad_x = grad @ dequantize_ternary(PackedWeight(packed, scale, zero, None), mask, form, out).to(grad.dtype)
-    if ctx.has_bias and ctx.needs_input_grad[5]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return dequantize_ternary(PackedWeight(packed, scale, zero, None), mask, form, out)
+
+    grad_x, grad_bias = straight_through(grad, weight, ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[5])
     return (grad_x, *[None] * 4, grad_bias, *[None] * 4)
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ranvier import _C
-from ranvier.ops._args import DTYPES, check_channels, check_float, plain
+from ranvier.ops._args import DTYPES, check_channels, check_tokens, plain
 from ranvier.ops._declare import declare
 from ranvier.ops._digits import add_digits, digit_rows
 from ranvier.ops._spike_triton import blocked_codes, linear_launches
 from ranvier.ops._triton import run
 from ranvier.ops.spike_encode import SpikeFormat, format_of
-from ranvier.ops.spike_linear import PackedWeight, check_layer, layer_description, unpack_weight
+from ranvier.ops.spike_linear import PackedWeight, check_layer, layer_description, straight_through, unpack_weight
 from ranvier.reference import weight_only_linear as reference
 from ranvier.reference.spike_encode import SpikeCodes, group_sums
 
@@ -37,10 +37,8 @@ def _split(args: tuple, channels: int) -> tuple[PackedWeight, Tensor | None, int
 
 
 def check(x: Tensor, *rest) -> None:
-    check_float("weight_only_linear", "x", x)
+    check_tokens("weight_only_linear", x)
     packed = rest[0]
-    if x.ndim == 0:
-        raise ValueError("weight_only_linear: x has no dimensions; its last one must hold the channels")
     if packed.ndim == 3 and -(-x.shape[-1] // 4) != packed.shape[1]:
         raise ValueError(f"weight_only_linear: x has {x.shape[-1]} channels; this weight was packed for {4 * packed.shape[1]}")
     weight, bias, out, form = _split(rest, x.shape[-1])
@@ -84,11 +82,11 @@ def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def backward(ctx, grad: Tensor) -> tuple:
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad @ unpack_weight(PackedWeight(*ctx.saved_tensors, None), None, ctx.form, ctx.out).to(grad.dtype)
-    if ctx.has_bias and ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+
+    def weight() -> Tensor:
+        return unpack_weight(PackedWeight(*ctx.saved_tensors, None), None, ctx.form, ctx.out)
+
+    grad_x, grad_bias = straight_through(grad, weight, ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[4])
     return grad_x, None, None, None, grad_bias, None, None
 
 
