@@ -176,6 +176,10 @@ def test_a_split_model_is_not_saved_as_if_it_were_whole(tmp_path, process_group)
         with pytest.raises(ValueError, match=r"q_proj is split over processes.*; save the model before it is split"):
             save(model, tmp_path / "model")
         assert not (tmp_path / "model").exists()
+    before = tiny_lm.logits(model)
+    with pytest.raises(ValueError, match="q_proj is split over processes already"):
+        tensor_parallel_(model)
+    assert torch.equal(tiny_lm.logits(model), before)
     with pytest.raises(ValueError, match="no spiking layer of 1 blocks"):
         tensor_parallel_(tiny_lm.tiny_llama())
 
