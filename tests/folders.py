@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import resource
 from pathlib import Path
 
 import torch
@@ -58,6 +60,17 @@ def rewrite(path: Path, change) -> None:
     change(tensors)
     save_file(tensors, path / TENSORS, metadata=metadata)
     reseal(path)
+
+
+@contextlib.contextmanager
+def small_disk(size: int):
+    """No file may grow beyond this; what writes more gets an error, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class Block(nn.Module):

@@ -2,7 +2,6 @@
 
 #include "core/isa.h"
 #include "core/parallel.h"
-#include "core/scratch.h"
 
 namespace ranvier {
 namespace {
@@ -16,19 +15,17 @@ struct Rows {
 
 std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
-// Where the float output is not wanted a token lives in memory of its thread until it is encoded.
 const void* norm_row(const void* context, std::int64_t m) {
   const auto& [norm, run] = *static_cast<const Rows*>(context);
-  static thread_local Scratch scratch;
-  const std::int64_t bytes = norm->K * size_of(norm->dtype);
-  void* y = norm->y == nullptr ? scratch.reserve(static_cast<std::size_t>(bytes)) : static_cast<char*>(norm->y) + m * bytes;
-  run(*norm, static_cast<const char*>(norm->x) + m * norm->stride * size_of(norm->dtype), y);
+  const std::int64_t size = size_of(norm->dtype);
+  void* y = static_cast<char*>(norm->y) + m * norm->K * size;
+  run(*norm, static_cast<const char*>(norm->x) + m * norm->stride * size, y);
   return y;
 }
 
 Status check(const RmsNorm& n, const SpikeFormat* f, std::int64_t M) {
   if (n.K <= 0 || (f != nullptr && f->K != n.K)) return Status::bad_shape;
-  if (M > 0 && (n.x == nullptr || n.weight == nullptr)) return Status::null_pointer;
+  if (M > 0 && (n.x == nullptr || n.weight == nullptr || n.y == nullptr)) return Status::null_pointer;
   return Status::ok;
 }
 
@@ -45,7 +42,6 @@ RmsNormRow rms_norm_row() {
 
 Status rms_norm(const RmsNorm& n, std::int64_t M) {
   if (const Status s = check(n, nullptr, M); s != Status::ok) return s;
-  if (M > 0 && n.y == nullptr) return Status::null_pointer;
   const Rows rows{&n, rms_norm_row()};
   parallel_tasks(M, M * n.K < kSerialChannels, [&](std::int64_t m) { norm_row(&rows, m); });
   return Status::ok;

@@ -21,7 +21,7 @@ struct RmsNorm {
   std::int64_t K;
   float eps;
   Weighting weighting;
-  void* y;  // [M, K], or nullptr: not wanted
+  void* y;  // [M, K]
 };
 
 // y: where the token goes.

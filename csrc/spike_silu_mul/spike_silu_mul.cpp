@@ -11,20 +11,17 @@ struct Rows {
   SiluMulRow run;
 };
 
-// Where the float output is not wanted a token lives in memory of its thread until it is encoded.
 const void* gated_row(const void* context, std::int64_t m) {
   const auto& [gated, run] = *static_cast<const Rows*>(context);
-  static thread_local Scratch scratch;
-  const std::int64_t bytes = gated->K * (gated->dtype == DType::float32 ? 4 : 2);
-  void* y = gated->y == nullptr ? scratch.reserve(static_cast<std::size_t>(bytes)) : static_cast<char*>(gated->y) + m * bytes;
-  run(static_cast<const char*>(gated->gate) + m * bytes, static_cast<const char*>(gated->up) + m * bytes, gated->dtype,
-      gated->K, y);
+  const std::int64_t bytes = m * gated->K * (gated->dtype == DType::float32 ? 4 : 2);
+  void* y = static_cast<char*>(gated->y) + bytes;
+  run(static_cast<const char*>(gated->gate) + bytes, static_cast<const char*>(gated->up) + bytes, gated->dtype, gated->K, y);
   return y;
 }
 
 Status check(const SiluMul& g, const SpikeFormat& f, std::int64_t M) {
   if (g.K != f.K) return Status::bad_shape;
-  return M > 0 && (g.gate == nullptr || g.up == nullptr) ? Status::null_pointer : Status::ok;
+  return M > 0 && (g.gate == nullptr || g.up == nullptr || g.y == nullptr) ? Status::null_pointer : Status::ok;
 }
 
 const std::uint8_t* mask_of(const SpikeLayer& layer) { return reinterpret_cast<const std::uint8_t*>(layer.mask); }

@@ -13,7 +13,7 @@ struct SiluMul {
   const void* up;    // [M, K]
   DType dtype;
   std::int64_t K;
-  void* y;  // [M, K], may be gate; nullptr: not wanted
+  void* y;  // [M, K], may be gate
 };
 
 using SiluMulRow = void (*)(const void* gate, const void* up, DType dtype, std::int64_t K, void* y);

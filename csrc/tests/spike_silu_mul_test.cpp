@@ -4,26 +4,11 @@
 
 #include <cmath>
 
-#include "core/isa.h"
-#include "tests/test.h"
+#include "tests/row_levels.h"
 
 using namespace ranvier;
 
 namespace {
-
-struct Level {
-  const char* name;
-  SiluMulRow run;
-};
-
-std::vector<Level> levels() {
-  std::vector<Level> found{{"scalar", silu_mul_row_scalar}};
-#if defined(RANVIER_X86)
-  if (detected_isa() >= Isa::avx2) found.push_back({"avx2", silu_mul_row_avx2});
-  if (detected_isa() >= Isa::avx512) found.push_back({"avx512", silu_mul_row_avx512});
-#endif
-  return found;
-}
 
 float value(int kind, std::int64_t k) {
   const float sign = k % 2 ? -1.0f : 1.0f;
@@ -34,14 +19,6 @@ float value(int kind, std::int64_t k) {
     case 3: return sign * (80.0f + static_cast<float>(k % 30));
     default: return static_cast<float>(test::uniform(-1000, 1000)) * std::ldexp(1.0f, kind - 12);
   }
-}
-
-bool same_values(const test::Guarded<std::uint16_t>& a, const test::Guarded<std::uint16_t>& b, std::int64_t K, DType dtype) {
-  for (std::int64_t k = 0; k < K; ++k) {
-    const float left = load_float(a.data(), k, dtype), right = load_float(b.data(), k, dtype);
-    if (bits_of(left) != bits_of(right) && (left == left || right == right)) return false;
-  }
-  return true;
 }
 
 // A layer of random weights; its memory.
@@ -64,26 +41,28 @@ struct Weights {
 }  // namespace
 
 TEST(spike_silu_mul_levels_equal_scalar) {
-  for (const std::int64_t K : {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129}) {
-    for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16}) {
-      const std::int64_t halves = K * (dtype == DType::float32 ? 2 : 1);
-      test::Guarded<std::uint16_t> gate(halves), up(halves), expected(halves), got(halves);
-      for (int kind = 0; kind < 16; ++kind) {
-        for (std::int64_t k = 0; k < K; ++k) {
-          store_float(gate.data(), k, dtype, value(kind, k));
-          store_float(up.data(), k, dtype, value(10, k));
-        }
-        for (const Level& level : levels()) {
-          auto& y = level.run == silu_mul_row_scalar ? expected : got;
-          y.poison();
-          level.run(gate.data(), up.data(), dtype, K, y.data());
-          EXPECT(same_values(y, expected, K, dtype), std::string(level.name) + " K=" + std::to_string(K) +
-                                                         " kind=" + std::to_string(kind) +
-                                                         " dtype=" + std::to_string(static_cast<int>(dtype)));
-        }
+  const auto levels = ROW_LEVELS(silu_mul_row);
+  test::for_each_row([&](std::int64_t K, DType dtype) {
+    test::Guarded<std::uint16_t> gate(test::halves_of(K, dtype)), up(test::halves_of(K, dtype));
+    for (int kind = 0; kind < 16; ++kind) {
+      for (std::int64_t k = 0; k < K; ++k) {
+        store_float(gate.data(), k, dtype, value(kind, k));
+        store_float(up.data(), k, dtype, value(10, k));
       }
+      test::expect_equal_rows(levels, K, dtype, kind,
+                              [&](SiluMulRow run, void* y) { run(gate.data(), up.data(), dtype, K, y); });
     }
-  }
+  });
+}
+
+TEST(spike_silu_mul_needs_its_output) {
+  constexpr std::int64_t K = 8;
+  const SpikeFormat f{K, K, 1, 0, 4, 2, 0, 0};
+  test::Guarded<float> gate(K), up(K), scale(1);
+  test::Guarded<std::int8_t> codes(K);
+  test::Guarded<std::int32_t> sums(1);
+  const SiluMul g{gate.data(), up.data(), DType::float32, K, nullptr};
+  EXPECT(spike_silu_mul(g, f, nullptr, 1, codes.data(), scale.data(), sums.data(), nullptr) == Status::null_pointer, "y");
 }
 
 TEST(spike_gated_mlp_is_its_parts) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import content, small_disk
 from tiny_lm import TEXT, logits, tiny_llama, tiny_tokenizer
 
 import ranvier
@@ -160,6 +162,80 @@ def test_spikellm_mistakes_are_one_line(models, capsys, tmp_path):
     assert "SpikeConfig.act_clip is 2.0" in mistake(capsys, "spikellm", "quantize", "m", "o", "--act-clip", 2)
     (tmp_path / "file").touch()
     assert "file" in mistake(capsys, "spikellm", "report", models / "plain", tmp_path / "file", "--text", models / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def bad(models, tmp_path_factory):
+    """A folder whose tokenizer is of another model, and a spiking one of another format version."""
+    from transformers import LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("bad")
+    config = tiny_llama().config
+    config.vocab_size = 9
+    LlamaForCausalLM(config).save_pretrained(path / "tokenizer")
+    tiny_tokenizer().save_pretrained(path / "tokenizer")
+    shutil.copytree(models / "spiking", path / "version")
+    manifest = path / "version" / "ranvier.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9'))
+    shutil.copytree(models / "plain", path / "architecture")
+    (path / "architecture" / "config.json").write_text('{"model_type": "unheard_of", "architectures": ["UnheardOfLM"]}')
+    shutil.copytree(models / "plain", path / "truncated")
+    weights = path / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (path / "short.txt").write_text("the node")
+    return path
+
+
+@pytest.mark.parametrize("action", ["quantize", "eval", "generate", "report"])
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("tokenizer", "does not match the model: it has 14 tokens, and the embedding 9 rows"),
+        ("version", "format_version 9; this ranvier reads 1 and 2: update ranvier"),
+        ("architecture", "unheard_of"),
+        ("truncated", "cannot read"),
+    ],
+)
+def test_spikellm_refuses_bad_models_in_one_line(models, bad, capsys, tmp_path, action, fault, says):
+    text = models / "text.txt"
+    options = {
+        "quantize": [tmp_path / "out", "--calibration", text],
+        "eval": ["--text", text],
+        "generate": ["--prompt", "the"],
+        "report": [tmp_path / "out", "--text", text],
+    }
+    assert says in mistake(capsys, "spikellm", action, bad / fault, *options[action])
+    assert not (tmp_path / "out" / "ranvier.json").exists() and not (tmp_path / "out" / "report.html").exists()
+
+
+def test_spikellm_refuses_a_text_shorter_than_a_window(models, bad, capsys, tmp_path):
+    for words in (["eval", models / "spiking"], ["report", models / "plain", tmp_path / "page"]):
+        assert "2 tokens, not one window of 512" in mistake(capsys, "spikellm", *words, "--text", bad / "short.txt")
+
+
+def test_spikellm_full_disk_is_one_line_and_loses_nothing(models, capsys, tmp_path):
+    out, page = tmp_path / "out", tmp_path / "page"
+    shutil.copytree(models / "spiking", out)
+    before = content(out)
+    report = ["report", models / "spiking", page, "--text", models / "text.txt", "--windows", 1, "--window", 40]
+    for size in (500, 20000):
+        for words, place in ((["quantize", models / "plain", out], out), (report, page)):
+            with small_disk(size):
+                line = mistake(capsys, "spikellm", *words)
+            assert f"{place}: the folder cannot be written: " in line and "File too large" in line
+        assert content(out) == before and not content(page)
+
+
+def test_spikellm_notes_what_it_does_not_know(capsys, tmp_path):
+    """An architecture of no tested family is converted generically, with a note of what was not fused."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).save_pretrained(tmp_path / "neox")
+    tiny_tokenizer().save_pretrained(tmp_path / "neox")
+    assert main(["spikellm", "quantize", str(tmp_path / "neox"), str(tmp_path / "out"), "--calibration-tokens", "40"]) == 0
+    printed = capsys.readouterr().out
+    assert "note: GPTNeoXForCausalLM (gpt_neox) is of no family" in printed and "nothing was fused" in printed
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -27,6 +27,11 @@ def rotated_llama(dtype: torch.dtype = torch.float32, **fields):
     return model
 
 
+@torch.no_grad()
+def hidden(base) -> torch.Tensor:
+    return base(token_batch()).last_hidden_state
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rotated_model_comes_back_bit_for_bit(tmp_path, dtype) -> None:
     """Transforms, untied head and logits are those that were saved; the file is of version 2 and says where they are."""
@@ -116,3 +121,29 @@ def test_a_transform_with_signs_is_not_saved(tmp_path) -> None:
     with pytest.raises(ValueError, match="fold the signs"):
         ranvier.save(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_base_model_and_model_with_head_read_each_others_folders(tmp_path, rotated, tied) -> None:
+    """transformers' own folders, of both kinds, as the other kind: hidden states are equal bit for bit."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from ranvier.integrations import transformers as lm
+
+    model = tiny_llama(tied)
+    if rotated:
+        rotate_(model, 4)
+    # With a spiking head: the base model has no place for it.
+    ranvier.spike_(model, SpikeConfig(skip=()), [token_batch(32, seed=1)])
+    wanted = hidden(model.model)
+    lm.attach(model).save_pretrained(tmp_path / "head")
+    base = AutoModel.from_pretrained(tmp_path / "head")
+    assert isinstance(base.layers[0].mlp.down_proj, HadamardLinear if rotated else SpikingLinear)
+    assert torch.equal(hidden(base), wanted)
+    base.save_pretrained(tmp_path / "base")
+    assert torch.equal(hidden(AutoModel.from_pretrained(tmp_path / "base")), wanted)
+    whole, found = AutoModelForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert torch.equal(hidden(whole.model), wanted)
+    # The guard of a spiking weight is nothing to report, the head that nobody saved is.
+    assert not found["unexpected_keys"] and found["missing_keys"] == {"lm_head.weight"}

@@ -11,12 +11,13 @@ import parallel_worker as worker
 import pytest
 import tiny_lm
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import ranvier
 from ranvier import SpikeConfig
-from ranvier.integrations.parallel import output_range, shard
-from ranvier.integrations.transformers import generate, load_causal_lm
+from ranvier.integrations.parallel import output_range, shard, tensor_parallel_
+from ranvier.integrations.transformers import generate, load_causal_lm, save_pretrained
 from ranvier.nn import SpikingLinear
 
 pytest.importorskip("transformers")
@@ -159,6 +160,28 @@ def test_torchrun_generates_what_one_process_does(tmp_path):
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     wanted = generate(model, tiny_lm.tiny_tokenizer(), "the node", 5)
     assert done.returncode == 0 and done.stdout == wanted + "\n", done.stderr
+
+
+@pytest.fixture
+def process_group():
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_split_model_is_not_saved_as_if_it_were_whole(tmp_path, process_group):
+    model = tensor_parallel_(tiny_lm.spiking_llama())
+    for save in (ranvier.save, save_pretrained):
+        with pytest.raises(ValueError, match=r"q_proj is split over processes.*; save the model before it is split"):
+            save(model, tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+    before = tiny_lm.logits(model)
+    with pytest.raises(ValueError, match="q_proj is split over processes already"):
+        tensor_parallel_(model)
+    assert torch.equal(tiny_lm.logits(model), before)
+    with pytest.raises(ValueError, match="no spiking layer of 1 blocks"):
+        tensor_parallel_(tiny_lm.tiny_llama())
 
 
 def test_only_ranvier_folders_are_split(tmp_path):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.server
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import content
+from folders import content, small_disk
 from safetensors.torch import load_file, save_file
 from tiny_lm import TEXT, logits, spiking_llama, tiny_llama, tiny_tokenizer
 
@@ -218,17 +216,6 @@ def test_text_shorter_than_a_window(plain):
 
 
 # --- a disk that fills ------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def small_disk(size: int):
-    """No file may grow beyond this; what writes more gets an error, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [100, 20000])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_lm import WORDS, tiny_llama, token_batch
@@ -187,6 +189,32 @@ def test_calibration_marks_the_same_share_of_every_head_and_leaves_the_model() -
         assert torch.equal(one.key, other.key) and torch.equal(one.value, other.value)
     together = calibrate_masks(model, [token_batch(32, seed=1)], 0.1, per_head=False)
     assert [m.key.sum().item() for m in together] == [4, 4]
+
+
+@torch.no_grad()
+def test_what_is_of_another_kind_is_refused() -> None:
+    """Batches that are no ids, another config, another module, other masks, rows of another number: each is named."""
+    model = prepared(tiny_llama())
+    for given, error, message in (
+        (Path("text"), ValueError, "pass token ids"),
+        (3, TypeError, "calibration is int; pass an iterable"),
+        ([token_batch().float()], TypeError, r"one is torch\.float32"),
+        ([torch.tensor([[99]])], ValueError, "gives the id 99, and the embedding has 14 rows"),
+    ):
+        with pytest.raises(error, match=message):
+            SpikingCache.for_model(model, SpikeConfig(), given)
+        assert model.config._attn_implementation == NAME
+    with pytest.raises(TypeError, match=r"SpikingCache: config is dict; pass a ranvier\.SpikeConfig"):
+        SpikingCache.for_model(model, {})
+    with pytest.raises(TypeError, match="Linear is no model of transformers"):
+        SpikingCache.for_model(torch.nn.Linear(2, 2), PLAIN)
+    for masks in (None, [torch.zeros(2, 16, dtype=torch.bool)]):
+        with pytest.raises(TypeError, match="pass a list of KVMasks"):
+            SpikingCache(masks)
+    cache = SpikingCache.for_model(model, PLAIN)
+    model(token_batch(), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"it holds 1 rows and the call 2; begin another batch with cache\.fresh\(\)"):
+        model(token_batch().repeat(2, 1), past_key_values=cache)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import content
+from folders import content, small_disk
 from tiny_lm import TEXT, logits, tiny_llama, tiny_tokenizer, token_batch
 from torch import Tensor
 
@@ -181,6 +181,21 @@ def test_refused(tmp_path: Path, source: Path) -> None:
     assert not target.exists()
     with pytest.raises(TypeError, match="pass an iterable"):
         convert_folder(source, target, SpikeConfig(), TEXT)
+
+
+@pytest.mark.parametrize("size", [2000, 20000])
+def test_full_disk_loses_nothing(tmp_path: Path, source: Path, size: int) -> None:
+    """While blocks are written or at the end: an OSError that names the folder; what is there stays, what was done is kept."""
+    batches, target = [token_batch(32, seed=1)], tmp_path / "out"
+    convert_folder(source, target, SpikeConfig(steps=4), batches)
+    before = content(target)
+    with small_disk(size), pytest.raises(OSError, match=r"the folder cannot be written: File too large.*out"):
+        convert_folder(source, target, SpikeConfig(), batches)
+    assert content(target) == before
+    convert_folder(source, target, SpikeConfig(), batches)
+    wanted = tmp_path / "wanted"
+    convert_folder(source, wanted, SpikeConfig(), batches)
+    assert content(target) == content(wanted)
 
 
 def test_text_of_the_config_is_cut_by_the_sources_tokenizer(tmp_path: Path, source: Path) -> None:

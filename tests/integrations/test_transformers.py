@@ -169,6 +169,8 @@ def test_perplexity_refuses_what_has_no_value():
         perplexity(model, tokenizer, "the node")
     with pytest.raises(ValueError, match="window=1"):
         perplexity(model, tokenizer, TEXT, window=1)
+    with pytest.raises(TypeError, match=r"window=8\.5, max_windows=None; pass whole numbers"):
+        perplexity(model, tokenizer, TEXT, window=8.5)
     with pytest.raises(ValueError, match="max_windows=0"):
         perplexity(model, tokenizer, TEXT, window=8, max_windows=0)
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,9 +94,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict, Any, Any, str | None]] =
     "one tensor": (moody, {}, lambda: token_batch(9), TypeError, "calibration is Tensor; pass an iterable of batches"),
     "one string": (moody, {}, lambda: "text", TypeError, "calibration is str; pass an iterable"),
     "one dict": (moody, {}, lambda: {"input_ids": token_batch(9)}, TypeError, "calibration is dict; pass an iterable"),
-    "no iterable": (moody, {}, lambda: 3, TypeError, "int"),
+    "no iterable": (moody, {}, lambda: 3, TypeError, "calibration is int; pass an iterable"),
+    "a path": (moody, {}, lambda: Path("text"), TypeError, r"calibration is PosixPath; .*SpikeConfig\(calibration=\.\.\.\)"),
+    "a path, gptq": (moody, {"pipeline": "gptq"}, lambda: Path("text"), TypeError, "calibration is PosixPath"),
     "unknown keyword": (moody, {}, lambda: [{"ids": token_batch(9)}], (TypeError, ValueError), None),
-    "bad ids": (moody, {}, lambda: [token_batch(9), torch.tensor([[99]])], IndexError, None),
+    "bad ids": (moody, {}, lambda: [token_batch(9), torch.tensor([[99]])], ValueError, "gives the id 99, and the embedding"),
+    "negative ids": (moody, {}, lambda: [{"input_ids": torch.tensor([[-1]])}], ValueError, "gives the id -1, and the"),
+    "bad ids, gptq": (moody, {"pipeline": "gptq"}, lambda: [torch.tensor([[99]])], ValueError, "gives the id 99"),
+    "no ids": (moody, {}, lambda: [token_batch(9).float()], TypeError, r"are token ids, .* and one is torch\.float32"),
+    "one row": (moody, {}, lambda: [token_batch(9)[0]], ValueError, r"whole numbers \[B, L\], .* one has shape \[9\]"),
+    "empty row": (moody, {}, lambda: [token_batch(0)], ValueError, r"at least one, and one has shape \[1, 0\]"),
     "unreached": (Partial, {}, lambda: [torch.randn(9, 8)], ValueError, "never reached never;"),
     "two unreached": (Partial, {}, lambda: [torch.randn(2, 8)], ValueError, "never reached long and 1 more;"),
     "no tokens": (Partial, {}, lambda: [torch.randn(0, 8)], ValueError, "never reached always and 2 more;"),
@@ -124,6 +132,12 @@ def test_refused_and_untouched(case: str) -> None:
     with pytest.raises(error, match=says):
         ranvier.spike_(model, SpikeConfig(**fields), calibration())
     before.check()
+
+
+@pytest.mark.parametrize("config", [{}, {"steps": 2}, "rtn"], ids=repr)
+def test_what_is_no_config_is_refused(config: Any) -> None:
+    with pytest.raises(TypeError, match=rf"spike_: config is {type(config).__name__}; pass a ranvier\.SpikeConfig"):
+        ranvier.spike_(tiny_llama(), config, batches())
 
 
 def test_calibration_is_not_consumed_by_a_refusal() -> None:

@@ -119,6 +119,22 @@ def test_saved_and_loaded(tmp_path) -> None:
     assert same(logits(loaded), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_training_is_the_unfused_models(dtype: torch.dtype) -> None:
+    """Where a gradient is needed the plain formulas run: output and gradients, straight through, have the unfused bits."""
+    results = []
+    for fused in (False, True):
+        model = spiking_llama(dtype=dtype)
+        if fused:
+            fuse_(model)
+        out = model(token_batch()).logits
+        out.float().square().sum().backward()
+        results.append({"out": out.detach(), **{n: p.grad for n, p in model.named_parameters()}})
+    plain, fused = results
+    assert plain.keys() == fused.keys() and all(same(plain[n], fused[n]) for n in plain)
+    assert all(g.abs().max() > 0 for n, g in fused.items() if not n.endswith("k_proj.bias"))  # softmax does not see that one
+
+
 def norms(kind: str) -> nn.Module:
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm

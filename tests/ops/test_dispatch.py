@@ -352,6 +352,39 @@ def test_named_backend_never_drops_a_gradient() -> None:
             torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected, rtol=1e-6, atol=1e-6)
 
 
+FORWARD_ONLY = [name for name, op in OPS.items() if not op.differentiable and samples(name)[0][0].is_floating_point()]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", FORWARD_ONLY)
+def test_no_gradient_is_an_error_and_not_none(name: str, compiled: bool) -> None:
+    """Forward runs, a backward pass that reaches the op raises, compiled or not: at backward, not before."""
+    torch._dynamo.reset()
+    first, *rest = samples(name)[0]
+    x = first.clone().requires_grad_()
+    run = torch.compile(OPS[name].overload, fullgraph=True, backend="aot_eager") if compiled else OPS[name]
+    with torch.no_grad():
+        expected = as_tuple(OPS[name](first, *rest))
+    outputs = as_tuple(run(x, *rest))
+    assert all(same(a.detach(), b) for a, b in zip(outputs, expected, strict=True))
+    recorded = [y for y in outputs if y.requires_grad]
+    assert recorded
+    for y in recorded:
+        # Behind something that has a gradient too, which would come out as if this op were a constant.
+        with pytest.raises(RuntimeError, match=f"{name}: it has no gradient; call it under"):
+            (x.sum() + y.sum()).backward(retain_graph=True)
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("name", FORWARD_ONLY)
+def test_no_op_takes_a_tangent_for_a_constant(name: str) -> None:
+    first, *rest = samples(name)[0]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(first, torch.ones_like(first))
+        with pytest.raises(ranvier.BackendError, match=f"{name}: there is no forward-mode derivative"):
+            OPS[name](dual, *rest)
+
+
 def test_meta_tensors_have_the_fake_shapes() -> None:
     """Meta tensors give meta outputs of the right shapes, without touching memory."""
     mask, arguments = random_mask(K, 0.3, generator(2)), layer_arguments(MAIN_RULES[0], bias_of())

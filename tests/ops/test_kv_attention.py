@@ -11,6 +11,7 @@ from torch import Tensor
 
 import ranvier
 from ranvier.ops import KVFormat, kv_attention, kv_decode, kv_encode
+from ranvier.ops._declare import OPS
 from ranvier.reference import kv_attention as reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -253,6 +254,29 @@ def test_per_token_mode_is_causal_and_window_mode_is_not() -> None:
 
     assert same(per_token(key)[:, :, :60], per_token(changed)[:, :, :60])
     assert not torch.equal(window(key)[:, :, :60], window(changed)[:, :, :60])
+
+
+def test_appending_is_seen_by_autograd() -> None:
+    """Every way of appending counts as writing into the cache, so that torch's checks of what was saved before see it."""
+    filled = Filled()
+    arguments = (filled.key, filled.value, filled.cache, *filled.masks)
+    for backend in (None, "cpu", "reference"):
+        version = filled.cache._version
+        kv_encode(*arguments, 0, form=filled.form, backend=backend)
+        assert filled.cache._version > version
+    for key in (filled.key, filled.key.clone().requires_grad_()):
+        version = filled.cache._version
+        OPS["kv_attention_encode"].overload(key, *arguments[1:], torch.tensor([0, 0]), 5, 9)
+        assert filled.cache._version == version + 1
+    version = filled.cache._version
+    with pytest.raises(ValueError, match="positions"):
+        kv_encode(*arguments, torch.tensor([0]), form=filled.form)
+    assert filled.cache._version == version
+    with torch.inference_mode():  # counts no versions; such a cache may be used outside as well
+        kept = filled.cache.clone()
+        kv_encode(*arguments[:2], kept, *filled.masks, 0, form=filled.form)
+    kv_encode(*arguments[:2], kept, *filled.masks, 0, form=filled.form)
+    assert torch.equal(kept, filled.cache)
 
 
 def test_empty_calls() -> None:

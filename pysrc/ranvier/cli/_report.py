@@ -24,6 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 
 def run(args: argparse.Namespace) -> int:
+    from ranvier.integrations._staging import naming
     from ranvier.methods.spikellm.data import topics_text, wikitext2_path
     from ranvier.methods.spikellm.plots import check_matplotlib
     from ranvier.methods.spikellm.report import write_report
@@ -34,10 +35,11 @@ def run(args: argparse.Namespace) -> int:
     batches = calibration_of(args)
     args.out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(args)
-    page = write_report(
-        model, tokenizer, args.out, text, batches(tokenizer),
-        name=Path(args.model).name, text_name=path.name if path else "the second half of pydoc_data.topics",
-        pipelines=args.pipelines, rotate=args.rotate, windows=args.windows, window=args.window,
-    )  # fmt: skip
+    with naming(args.out):
+        page = write_report(
+            model, tokenizer, args.out, text, batches(tokenizer),
+            name=Path(args.model).name, text_name=path.name if path else "the second half of pydoc_data.topics",
+            pipelines=args.pipelines, rotate=args.rotate, windows=args.windows, window=args.window,
+        )  # fmt: skip
     print(f"wrote {page}")
     return 0

@@ -49,6 +49,9 @@ class SpikingCacheLayer:
         """Quantizes and stores new tokens [B, H_kv, L, D]; returns tensors without memory that carry this layer."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.packed.shape[0]:
+            rows = f"{self.packed.shape[0]} rows and the call {key_states.shape[0]}"
+            raise ValueError(f"SpikingCache: it holds {rows}; begin another batch with cache.fresh() or cache.reset()")
         self._reserve(self.length + key_states.shape[2])
         kv_encode(
             key_states, value_states, self.packed, self.key_mask, self.value_mask, self.length, form=self.form

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ranvier.config import QUANT_METHOD, SpikeConfig
 from ranvier.integrations import _manifest as manifests
 from ranvier.integrations._conversion import check_calibration, conversion_note, text_batches, untie
-from ranvier.integrations._manifest import LayerEntry, Manifest
+from ranvier.integrations._manifest import HadamardEntry, LayerEntry, Manifest
 from ranvier.methods.spikellm.convert import check_supported
 from ranvier.nn.spike_linear import SpikingLinear
 
@@ -122,8 +122,9 @@ class SpikeQuantizer:
             return
         from ranvier.integrations.folder import _empty_layers, _Journal, _place_hadamards
 
+        prefix = getattr(model, "base_model_prefix", "")
         manifest = self.quantization_config.manifest
-        _place_hadamards(model, manifest, _Journal())
+        _place_hadamards(model, dataclasses.replace(manifest, hadamards=_hadamard_places(model, manifest)), _Journal())
         places = _places(model, manifest)
         dtypes = {entry.name: model.get_submodule(name).weight.dtype for entry, name in places}
         cast = [_cast(entry, dtypes.get(entry.name)) for entry in manifest.layers]
@@ -132,8 +133,9 @@ class SpikeQuantizer:
             parent, _, key = name.rpartition(".")
             self._layers[name] = model.get_submodule(parent)._modules[key] = layers[entry.name]
         if checkpoint_files is not None:
-            _check_files(self._layers, getattr(model, "base_model_prefix", ""), checkpoint_files)
-        guards = {rf"(^|\.){re.escape(name)}\.weight$" for name in self._layers}
+            _check_files(self._layers, prefix, checkpoint_files)
+        # A folder of the base model has them without its prefix.
+        guards = {rf"(^|\.){re.escape(name.removeprefix(f'{prefix}.'))}\.weight$" for name in self._layers}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | guards
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -239,20 +241,40 @@ def _cast(entry: LayerEntry, dtype: torch.dtype | None) -> LayerEntry:
     return dataclasses.replace(entry, dtype=name, bias=None if entry.bias is None else name)
 
 
-def _places(model: Any, manifest: Manifest) -> list[_Place]:
-    """Raises ValueError for a layer that the model does not have, or has in another size.
+class _Names:
+    """The names of a description in a model: a folder of a model with a head may be loaded as the base model without it,
+    and the other way round."""
 
-    A folder of a model with a head may be loaded as the base model without it, and the other way round.
-    """
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    modules, places = dict(model.named_modules()), []
-    is_base = not any(name.startswith(prefix) for name in modules)
+    def __init__(self, model: Any) -> None:
+        self.modules = dict(model.named_modules())
+        self._prefix = f"{base}." if (base := getattr(model, "base_model_prefix", "")) else ""
+        self._is_base = bool(base) and not any(name.startswith(self._prefix) for name in self.modules)
+
+    def find(self, name: str) -> str | None:
+        """The module's name in the model, None where it has none."""
+        candidates = (name, name.removeprefix(self._prefix), self._prefix + name)
+        return next((n for n in candidates if n in self.modules), None)
+
+    def of_head(self, name: str) -> bool:
+        """Whether the model has no such module because it is a base model."""
+        return self._is_base and not name.startswith(self._prefix) and name not in self.modules
+
+
+def _hadamard_places(model: Any, manifest: Manifest) -> list[HadamardEntry]:
+    """The transforms under their names in the model."""
+    names = _Names(model)
+    held = [entry for entry in manifest.hadamards if not names.of_head(entry.name)]
+    return [dataclasses.replace(entry, name=names.find(entry.name) or entry.name) for entry in held]
+
+
+def _places(model: Any, manifest: Manifest) -> list[_Place]:
+    """Raises ValueError for a layer that the model does not have, or has in another size."""
+    names, places = _Names(model), []
     for entry in manifest.layers:
-        inside = entry.name.startswith(prefix)
-        if is_base and not inside and entry.name not in modules:
-            continue  # of the head
-        name = next((n for n in (entry.name, entry.name.removeprefix(prefix), prefix + entry.name) if n in modules), None)
-        old = modules.get(name) if name is not None else None
+        if names.of_head(entry.name):
+            continue
+        name = names.find(entry.name)
+        old = None if name is None else names.modules[name]
         if not isinstance(old, nn.Linear):
             what = "has no such layer" if old is None else f"has a {type(old).__name__} there"
             raise ValueError(f"config.json says that {entry.name} is spiking, but {type(model).__name__} {what}")

@@ -122,18 +122,28 @@ def staged(folder: str | os.PathLike, marker: str, own: tuple[str, ...]) -> Iter
     target = Path(os.path.realpath(folder))
     stage = _open_stage(target, marker)
     try:
-        yield stage
-        if target.is_dir():
-            _carry_over(target, stage, own)
-            shutil.copymode(target, stage)
-        _sync_tree(stage)
-        _swap(stage, target)
-    except BaseException as error:
+        with naming(target):
+            yield stage
+            if target.is_dir():
+                _carry_over(target, stage, own)
+                shutil.copymode(target, stage)
+            _sync_tree(stage)
+            _swap(stage, target)
+    except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
-        if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.filename is None):
-            raise _named(error, target) from error
         raise
     _sync(target.parent)
+
+
+@contextmanager
+def naming(target: Path) -> Iterator[None]:
+    """What a full disk raises while ``target`` is written is an OSError that names it."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise _named(error, target) from error
 
 
 def _named(error: Exception, target: Path) -> OSError:

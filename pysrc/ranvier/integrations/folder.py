@@ -56,7 +56,8 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> 
     transformers model adds config.json and generation_config.json, a tokenizer its own files. The folder is written
     beside its place and swapped in at the end; other files of an existing ranvier folder are carried over.
 
-    Raises ValueError for a model without spiking layers or with tensors that have no plain values (meta, subclasses),
+    Raises ValueError for a model without spiking layers, one that is split over processes, or tensors that have no plain
+    values (meta, subclasses),
     FileExistsError for a folder with files that is not a ranvier one, OSError where it cannot be written; the old
     folder is then as it was.
     """
@@ -132,6 +133,11 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _describe(model: nn.Module, layers: Mapping[str, SpikingLinear], tied: Mapping[str, str]) -> Manifest:
+    from ranvier.integrations.parallel import ParallelSpikingLinear
+
+    split = next((name for name, module in model.named_modules() if isinstance(module, ParallelSpikingLinear)), None)
+    if split is not None:
+        raise ValueError(f"save: {split} is split over processes, each of which has a part; save the model before it is split")
     configs = list(dict.fromkeys(layer.config for layer in layers.values()))
     entries = []
     for name, layer in layers.items():

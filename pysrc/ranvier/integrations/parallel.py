@@ -156,8 +156,11 @@ def tensor_parallel_(model: nn.Module, group: Any = None) -> nn.Module:
     divide into blocks of 32 and whole heads, it does; every other layer takes the whole input and gathers its output.
     A layer with fewer blocks of outputs than there are processes stays whole in each.
 
-    Raises ValueError where no layer can be split; the model is then as it was.
+    Raises ValueError where no layer can be split, or was before; the model is then as it was.
     """
+    split = next((name for name, module in model.named_modules() if isinstance(module, ParallelSpikingLinear)), None)
+    if split is not None:
+        raise ValueError(f"tensor_parallel_: {split} is split over processes already; a part of it cannot be split again")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SpikingLinear)}
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     names = _divisible(model, layers, world)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ from tqdm import tqdm
 
 from ranvier.config import SpikeConfig
 from ranvier.integrations._kv_layers import SpikingCacheLayer, spiking_cache_class
+from ranvier.methods.spikellm.convert import check_batches, check_supported
+from ranvier.methods.spikellm.data import check_batch
 from ranvier.methods.spikellm.kv_saliency import KVMasks, KVSaliency
 from ranvier.ops.kv_attention import kv_attention
 
@@ -133,14 +136,17 @@ def calibrate_masks(
 ) -> list[KVMasks]:
     """The salient channels of every layer's keys and values, from the model's own attention on ids [B, L] of no padding.
 
-    share, per_head: :func:`ranvier.methods.spikellm.kv_saliency.kv_mask`. Raises ValueError when a layer saw nothing.
+    share, per_head: :func:`ranvier.methods.spikellm.kv_saliency.kv_mask`. Raises ValueError when a layer saw nothing and for
+    ids that the model has not, TypeError for what is no batch of ids.
     """
     register()
+    check_batches(calibration, "calibrate_masks")
     found: dict[int, KVSaliency] = {}
     token = _observers.set(found)
     try:
         with _attention(model, OBSERVE), torch.no_grad():
             for ids in tqdm(calibration, desc="key-value saliency", leave=False, disable=not progress):
+                check_batch(model, ids)
                 model(ids.to(model.device), use_cache=False)
     finally:
         _observers.reset(token)
@@ -161,7 +167,9 @@ class SpikingCache:
     """Makes caches; what it makes is a transformers ``Cache`` whose layers are :class:`SpikingCacheLayer`."""
 
     def __new__(cls, masks: list[KVMasks]) -> Cache:
-        """An empty cache of a model whose layers have these masks."""
+        """An empty cache of a model whose layers have these masks. Raises TypeError for other masks."""
+        if not isinstance(masks, (list, tuple)) or not all(isinstance(m, KVMasks) for m in masks):
+            raise TypeError("SpikingCache: pass a list of KVMasks, one a layer, or use SpikingCache.for_model")
         return spiking_cache_class()(masks)
 
     @classmethod
@@ -175,9 +183,12 @@ class SpikingCache:
         4 bits and two steps. calibration: ids [B, L] to find them by, the config's own where there is none.
         Raises ValueError without calibration where salient channels are asked for, or for another attention.
         """
-        config = config or SpikeConfig()
+        config = SpikeConfig() if config is None else config
+        check_supported(config, "SpikingCache")
         share = 0.0 if config.steps == 1 else config.salient
         given = calibration if calibration is not None else config.calibration
+        if not hasattr(getattr(model, "config", None), "_attn_implementation"):
+            raise TypeError(f"SpikingCache: {type(model).__name__} is no model of transformers, whose attention could read it")
         if model.config._attn_implementation != NAME:
             raise ValueError(
                 f"SpikingCache: the model's attention is {model.config._attn_implementation!r}; call"
@@ -185,7 +196,7 @@ class SpikingCache:
             )
         if share == 0:
             return cls(_no_masks(model))
-        if given is None or isinstance(given, str):
+        if given is None or isinstance(given, (str, os.PathLike)):
             raise ValueError(
                 "SpikingCache: salient channels need calibration; pass token ids [B, L], or SpikeConfig(salient=0.0)"
             )

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from ranvier.config import SpikeConfig
 from ranvier.integrations import folder as folders
 from ranvier.integrations._manifest import CONFIG, GENERATION, LayerEntry, empty_layer, file_facts
-from ranvier.integrations._staging import check_output
+from ranvier.integrations._staging import check_output, naming
 from ranvier.integrations.transformers import build_empty, import_transformers
 from ranvier.methods.spikellm.blocks import Chain, capture, find_blocks, replace_modules
 from ranvier.methods.spikellm.convert import (
@@ -73,17 +73,17 @@ def convert_folder(
     Raises ValueError for a source that is no such folder or lacks weights, a model whose blocks are no chain, layers to be
     converted outside its blocks, a rotation (it needs the whole model: use spike_); OSError where it cannot be written.
     """
-    config, source, target = config or SpikeConfig(), Path(source), Path(os.path.realpath(target))
-    check_supported(config)
+    config, source, target = SpikeConfig() if config is None else config, Path(source), Path(os.path.realpath(target))
+    check_supported(config, "convert_folder")
     if config.rotate:
         raise ValueError("convert_folder: rotate=True turns all weights at once; convert in memory with spike_")
     if calibration is None:
         given = config.calibration
         calibration = _text(source, Path(given), tokenizer) if isinstance(given, (str, os.PathLike)) else given
     config = replace(config, calibration=None)
-    check_batches(calibration)
     if calibration is None:
         raise ValueError("convert_folder: pass calibration batches; they also show which layers read the same tensor")
+    check_batches(calibration, "convert_folder")
     batches = list(calibration)
     if not batches:
         raise ValueError("convert_folder: the calibration set is empty; pass at least one batch")
@@ -204,7 +204,11 @@ class _Work:
         return load_file(self._streams_path(len(self.blocks)))
 
     def add(self, record: dict[str, Any], tensors: dict[str, Tensor], streams: dict[str, Tensor]) -> None:
-        """Another block is done."""
+        """Another block is done. Raises OSError naming the folder where it cannot be written."""
+        with naming(self.folder):
+            self._add(record, tensors, streams)
+
+    def _add(self, record: dict[str, Any], tensors: dict[str, Tensor], streams: dict[str, Tensor]) -> None:
         index = len(self.blocks)
         for path, content in ((self.block_path(index), tensors), (self._streams_path(index + 1), streams)):
             stage = path.with_suffix(".new")

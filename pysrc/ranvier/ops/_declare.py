@@ -66,6 +66,7 @@ class Op:
     exact: bool = False
     kernels_of: str = ""
     overload: Any = field(default=None, repr=False)
+    mutated: tuple[int, ...] = ()
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         check_is_tensor(self.name, "the input", args[0])
@@ -80,14 +81,70 @@ class Op:
             raise BackendError(
                 f"{self.name}: backend {backend!r} has no gradient here; leave backend out, or call it under torch.no_grad()"
             )
+        if self.mutated:
+            self.bump_versions(args)
         return run(*args)
+
+    def bump_versions(self, args: tuple) -> None:
+        """Let autograd see that the op writes into these tensors; those of inference mode count no versions."""
+        for i in self.mutated:
+            if not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
 
     def _refuse_tangents(self, tensors: list[Tensor]) -> None:
         """Raises BackendError under forward-mode AD, where torch would take the op for a constant, with tangents of zero."""
-        if not self.differentiable or forward_ad._current_level < 0:
-            return
-        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-            raise BackendError(f"{self.name}: there is no forward-mode derivative; use the backward one")
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            other = "; use the backward one" if self.differentiable else ""
+            raise BackendError(f"{self.name}: there is no forward-mode derivative{other}")
+
+
+# What a backward pass reaches behind an op without a gradient. It is an op itself, so that a compiler, which traces the
+# backward pass together with the forward one, can put it off until somebody runs it.
+LIBRARY.define("refuse_gradient(Tensor gradient, SymInt[] shape, ScalarType dtype, str message) -> Tensor")
+
+
+def _refuse_gradient(gradient: Tensor, shape: list[int], dtype: torch.dtype, message: str) -> Tensor:
+    raise RuntimeError(message)
+
+
+LIBRARY.impl("refuse_gradient", _refuse_gradient, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "ranvier::refuse_gradient", lambda gradient, shape, dtype, _: gradient.new_empty(shape, dtype=dtype), lib=LIBRARY
+)
+
+
+class _Forward(torch.autograd.Function):
+    """An op that has no gradient: None in place of one would be taken for zero."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, message: str, keys: Any, *args: Any) -> Any:
+        ctx.message = message
+        ctx.inputs = [(a.shape, a.dtype) if isinstance(a, Tensor) else None for a in args]
+        return _below_autograd(op, keys, args)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+        given = next(g for g in gradients if g is not None)
+        wanted = zip(ctx.inputs, ctx.needs_input_grad[3:], strict=True)
+        refused = [torch.ops.ranvier.refuse_gradient(given, *a, ctx.message) if need else None for a, need in wanted]
+        return None, None, None, *refused
+
+
+def _below_autograd(op: Op, keys: Any, args: tuple) -> Any:
+    op.bump_versions(args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+
+def _forward_only(op: Op, instead: str) -> Callable:
+    message = f"{op.name}: it has no gradient; call it under torch.no_grad()" + (f", or {instead}" if instead else "")
+
+    def forward(keys: Any, *args: Any) -> Any:
+        if _grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return _Forward.apply(op, message, keys, *args)
+        return _below_autograd(op, keys, args)
+
+    return forward
 
 
 def _autocast(op: Op, device: str) -> Callable:
@@ -111,6 +168,7 @@ def declare(
     triton: Callable | None = None,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    instead: str = "",
     exact: bool = False,
     autocast: bool = False,
     places: tuple[str, ...],
@@ -121,11 +179,11 @@ def declare(
 
     check(*args) raises ValueError or TypeError and is shared by every way in; fake returns empty tensors of the result's
     shapes; reference, cpu and triton compute; backward and setup_context are torch.library's, and exact says that they are
-    the derivative itself and no straight-through one. With autocast the first
-    argument is cast as torch's own linear casts it. places lists where the op's stem is found (reference, csrc, kernels,
-    ops, nn, tests, benchmarks; none for an op that shares another's stem); a test walks them. kernels_of names
-    the op whose Triton kernels this one launches where it has no file of its own. dtypes are those that check
-    allows the first tensor.
+    the derivative itself and no straight-through one. Without them a backward pass that reaches the op raises RuntimeError,
+    which says what to do instead. With autocast the first argument is cast as torch's own linear casts it. places lists
+    where the op's stem is found (reference, csrc, kernels, ops, nn, tests, benchmarks; none for an op that shares another's
+    stem); a test walks them. kernels_of names the op whose Triton kernels this one launches where it has no file of its own.
+    dtypes are those that check allows the first tensor.
     """
     name = schema.split("(", 1)[0]
     given = {"cpu": cpu, "triton": triton, "reference": reference}
@@ -134,6 +192,8 @@ def declare(
     )
     LIBRARY.define(schema)
     op.overload = getattr(torch.ops.ranvier, name).default
+    arguments = op.overload._schema.arguments
+    op.mutated = tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
 
     def run(*args: Any) -> Any:
         check(*args)
@@ -147,6 +207,8 @@ def declare(
     torch.library.register_fake(f"ranvier::{name}", run_fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"ranvier::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    else:
+        LIBRARY.impl(name, _forward_only(op, instead), "Autograd", with_keyset=True)
     if autocast:
         for device in ("cpu", "cuda"):
             LIBRARY.impl(name, _autocast(op, device), f"Autocast{device.upper()}")

@@ -29,6 +29,7 @@ SCHEMA = (
     "kv_attention(Tensor query, Tensor cache, Tensor key_mask, Tensor value_mask, Tensor lengths, Tensor? starts,"
     " Tensor? mask, int key_salient, int value_salient, float scale) -> Tensor"
 )
+INSTEAD = "train with an attention of floats, model.set_attn_implementation('sdpa')"
 
 
 def _check_cache(op: str, x: Tensor, cache: Tensor, key_mask: Tensor, value_mask: Tensor, form: KVFormat) -> None:
@@ -229,11 +230,11 @@ def reference_attention(
 
 encode_op = declare(
     ENCODE_SCHEMA, check=check_encode, fake=fake_encode, cpu=cpu_encode, triton=triton_encode,
-    reference=reference_encode, places=(), dtypes=tuple(DTYPES),
+    reference=reference_encode, places=(), dtypes=tuple(DTYPES), instead=INSTEAD,
 )  # fmt: skip
 op = declare(
     SCHEMA, check=check, fake=fake, cpu=cpu, triton=triton, reference=reference_attention,
-    places=("reference", "csrc", "kernels", "ops", "tests", "benchmarks"), dtypes=tuple(DTYPES),
+    places=("reference", "csrc", "kernels", "ops", "tests", "benchmarks"), dtypes=tuple(DTYPES), instead=INSTEAD,
 )  # fmt: skip
 
 

@@ -83,6 +83,7 @@ op = declare(
     triton=triton,
     reference=reference_norm,
     places=("reference", "csrc", "ops", "nn", "tests", "benchmarks"),
+    instead="train with ranvier.nn.SpikingRMSNorm, which takes the plain formula where a gradient is needed",
     kernels_of="spike_encode",
     dtypes=tuple(DTYPES),
 )

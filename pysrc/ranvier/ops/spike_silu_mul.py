@@ -68,6 +68,7 @@ op = declare(
     triton=triton,
     reference=reference_product,
     places=("reference", "csrc", "ops", "nn", "tests", "benchmarks"),
+    instead="train with ranvier.nn.SpikingGatedMLP, which calls its layers one by one where a gradient is needed",
     kernels_of="spike_encode",
     dtypes=tuple(DTYPES),
 )

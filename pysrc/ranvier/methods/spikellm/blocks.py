@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ranvier.methods.spikellm.data import check_batch
+
 
 @dataclass
 class Chain:
@@ -144,7 +146,8 @@ class _Recorder:
 
 
 def call_model(model: nn.Module, batch: Any, device: torch.device) -> Any:
-    """One calibration batch: a tensor, or keyword arguments. Raises TypeError for another kind."""
+    """One calibration batch: a tensor, or keyword arguments. Raises TypeError or ValueError for another kind."""
+    check_batch(model, batch)
     if isinstance(batch, Mapping):
         return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
     if isinstance(batch, Tensor):

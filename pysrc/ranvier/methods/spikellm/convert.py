@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -206,10 +207,12 @@ def report_layer(name: str, linear: nn.Linear, made: Made) -> LayerReport:
     return LayerReport(name, linear.in_features, linear.out_features, layer.salient_count, size, held, error, names)
 
 
-def check_supported(config: SpikeConfig) -> None:
-    """Raises ValueError for settings that this installation has no code for."""
+def check_supported(config: SpikeConfig, op: str = "spike_") -> None:
+    """Raises TypeError for what is no SpikeConfig, ValueError for settings that this installation has no code for."""
+    if not isinstance(config, SpikeConfig):
+        raise TypeError(f"{op}: config is {type(config).__name__}; pass a ranvier.SpikeConfig")
     if config.pipeline == "omniquant" and config.weight_bits == 2:
-        raise ValueError("spike_: pipeline='omniquant' trains 4-bit weights; use pipeline='gptq' with weight_bits=2")
+        raise ValueError(f"{op}: pipeline='omniquant' trains 4-bit weights; use pipeline='gptq' with weight_bits=2")
 
 
 def _converted(model: nn.Module, layers: dict[str, nn.Linear], config: SpikeConfig, calibration: Any, seed: int) -> Conversion:
@@ -228,10 +231,15 @@ def _converted(model: nn.Module, layers: dict[str, nn.Linear], config: SpikeConf
         return convert_blocks(model, layers, config, calibration, seed)
 
 
-def check_batches(calibration: Any) -> None:
+def check_batches(calibration: Any, op: str = "spike_") -> None:
     """Raises TypeError for what is one batch, or no batch at all."""
-    if isinstance(calibration, (Tensor, str, bytes, Mapping)):
-        raise TypeError(f"spike_: calibration is {type(calibration).__name__}; pass an iterable of batches, such as a list")
+    if isinstance(calibration, (str, os.PathLike)):
+        kind = type(calibration).__name__
+        raise TypeError(
+            f"{op}: calibration is {kind}; pass an iterable of batches, or the path of a text as SpikeConfig(calibration=...)"
+        )
+    if isinstance(calibration, (Tensor, bytes, Mapping)) or not isinstance(calibration, Iterable):
+        raise TypeError(f"{op}: calibration is {type(calibration).__name__}; pass an iterable of batches, such as a list")
 
 
 def spike_(
@@ -257,7 +265,7 @@ def spike_(
     named), an empty calibration set or one that misses a layer; TypeError for batches of another kind.
     SpikeLLM, arXiv 2407.04752.
     """
-    config = config or SpikeConfig()
+    config = SpikeConfig() if config is None else config
     check_supported(config)
     if type(model) is nn.Linear:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,36 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
 
 def check_ids(model: Any, ids: Tensor) -> None:
     """Raises ValueError for ids that the model's embedding does not have: they came from another model's tokenizer."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    rows = getattr(embedding, "num_embeddings", None)
-    if rows is not None and ids.numel() and int(ids.max()) >= rows:
+    rows = _embedding_rows(model)
+    if rows is None or ids.numel() == 0:
+        return
+    low, high = (int(value) for value in torch.aminmax(ids))
+    if low < 0 or high >= rows:
         raise ValueError(
-            f"the tokenizer does not match the model: it gives the id {int(ids.max())},"
+            f"the tokenizer does not match the model: it gives the id {low if low < 0 else high},"
             f" and the embedding has {rows} rows; use the tokenizer that the model was trained with"
         )
+
+
+def _embedding_rows(model: Any) -> int | None:
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):  # no language model, or one that does not say
+        return None
+
+
+def check_batch(model: Any, batch: Any) -> None:
+    """Raises TypeError or ValueError for a calibration batch that is no token ids [B, L], where the model reads those."""
+    name = getattr(model, "main_input_name", "input_ids")
+    ids = batch.get(name) if isinstance(batch, Mapping) else batch
+    if name != "input_ids" or not isinstance(ids, Tensor) or _embedding_rows(model) is None:
+        return
+    wanted = "calibration batches of a language model are token ids, whole numbers [B, L]"
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{wanted}, and one is {ids.dtype}")
+    if ids.ndim != 2 or ids.numel() == 0:
+        raise ValueError(f"{wanted}, at least one, and one has shape {list(ids.shape)}")
+    check_ids(model, ids)
 
 
 def calibration_batches(tokenizer: Any, text: str, tokens: int = 2048, window: int = 512) -> Iterator[Tensor]:

@@ -57,8 +57,10 @@ def perplexity(
     an object that has them. tokenizer(text)["input_ids"] is a list of ids.
 
     Raises ValueError for a text shorter than one window, a window under 2 tokens, max_windows under 1, and ids that the
-    model's embedding does not have.
+    model's embedding does not have; TypeError where window or max_windows is no whole number.
     """
+    if any(type(value) is not int for value in (window, 1 if max_windows is None else max_windows)):
+        raise TypeError(f"perplexity: window={window!r}, max_windows={max_windows!r}; pass whole numbers")
     if window < 2 or (max_windows is not None and max_windows < 1):
         got = f"window={window}, max_windows={max_windows}"
         raise ValueError(f"perplexity: {got}; a window needs at least 2 tokens, and at least 1 window is needed")

@@ -38,7 +38,9 @@ def fuse_(model: nn.Module) -> FuseReport:
     A module is replaced where it has the parts of one and, on random input, gives what the formula gives; so any
     architecture may come, and what is not recognised stays and is reported. Names in the state dict, parameters and layers
     stay the same objects. Outputs differ from the unfused model's by the rounding of a sum and of an exponential, which now
-    and then moves a code by one. Calling it again changes nothing. :func:`unfuse_` and ``unspike_`` put the old modules back.
+    and then moves a code by one; where a gradient is needed the plain formulas run, so training has the unfused model's bits,
+    forward and backward (straight through the codes). Calling it again changes nothing. :func:`unfuse_` and ``unspike_`` put
+    the old modules back.
 
     Raises ValueError for a model without spiking layers. If anything fails the model is as it was.
     """
