@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import ranvier
 from ranvier import SpikeConfig
+from ranvier.methods.spikellm import fuse_, unfuse_
 from ranvier.nn import SpikingLinear
 
 
@@ -138,6 +139,19 @@ def test_refused_and_untouched(case: str) -> None:
 def test_what_is_no_config_is_refused(config: Any) -> None:
     with pytest.raises(TypeError, match=rf"spike_: config is {type(config).__name__}; pass a ranvier\.SpikeConfig"):
         ranvier.spike_(tiny_llama(), config, batches())
+
+
+@pytest.mark.parametrize("call", [ranvier.spike_, ranvier.unspike_, fuse_, unfuse_, lambda m: ranvier.save(m, "nowhere")])
+@pytest.mark.parametrize("given", [None, [nn.Linear(2, 2)]], ids=["None", "list"])
+def test_what_is_no_module_is_refused(call: Callable, given: Any) -> None:
+    with pytest.raises(TypeError, match=rf": got {type(given).__name__}; pass a torch\.nn\.Module"):
+        call(given)
+
+
+@pytest.mark.parametrize("config", [{}, {"steps": 4}], ids=repr)
+def test_a_layer_of_no_config_is_refused(config: Any) -> None:
+    with pytest.raises(TypeError, match=r"from_linear: config is dict; pass a ranvier\.SpikeConfig"):
+        SpikingLinear.from_linear(nn.Linear(64, 32), config)
 
 
 def test_calibration_is_not_consumed_by_a_refusal() -> None:

@@ -307,8 +307,11 @@ Q = BASE.query(4, 1)
         (ValueError, "starts", {"starts": torch.tensor([1.0, 2.0])}),
         (ValueError, "broadcasts", {"mask": torch.zeros(3, 1, 1, 70)}),
         (ValueError, "broadcasts", {"mask": torch.zeros(1, 1, 1, 70, dtype=torch.float64)}),
-        (ValueError, "consistent", {"lengths": 129}),
-        (ValueError, "consistent", {"lengths": 0}),
+        (ValueError, "lengths is 129; .* from 1 to 128, as the cache has room for 128", {"lengths": 129}),
+        (ValueError, "lengths is 0; .* from 1 to 128", {"lengths": 0}),
+        (ValueError, "consistent", {"lengths": torch.tensor([70, 129])}),
+        (ValueError, "consistent", {"lengths": torch.tensor([0, 70])}),
+        (TypeError, r"lengths is 70\.0; pass a whole number", {"lengths": 70.0}),
         (ValueError, "consistent", {"mask": torch.zeros(1, 1, 1, 69)}),
         (ValueError, "head_dim", {"form": KVFormat(48, 5, 49)}),
         (ValueError, "salient", {"key_mask": torch.ones(2, 48, dtype=torch.bool)}),
@@ -329,8 +332,11 @@ def test_bad_input(error: type, says: str, change: dict) -> None:
         (TypeError, "float64", {"value": BASE.value.double()}),
         (ValueError, "kv_heads, tokens, D", {"value": BASE.value[:, :, 1:]}),
         (ValueError, "1 kv heads and the cache 2", {"key": BASE.key[:, :1], "value": BASE.value[:, :1]}),
-        (ValueError, "consistent", {"positions": 59}),
-        (ValueError, "consistent", {"positions": -1}),
+        (ValueError, "positions is 59; .* from 0 to 58, as the cache has room for 128", {"positions": 59}),
+        (ValueError, "positions is -1; .* from 0 to 58", {"positions": -1}),
+        (ValueError, "consistent", {"positions": torch.tensor([0, 59])}),
+        (ValueError, "consistent", {"positions": torch.tensor([-1, 0])}),
+        (TypeError, r"positions is 1\.5; pass a whole number", {"positions": 1.5}),
         (ValueError, "salient", {"value_mask": torch.ones(2, 48, dtype=torch.bool)}),
     ],
 )
@@ -347,6 +353,14 @@ def test_bad_tokens(error: type, says: str, change: dict) -> None:
     with pytest.raises(error, match=says):
         kv_encode(**{**given, "positions": 0, "form": BASE.form, **change})
     assert torch.equal(BASE.cache, before)
+
+
+@pytest.mark.parametrize("form", [KVFormat(-1), KVFormat(16, 17), KVFormat(16, 0, -1)])
+def test_no_cache_of_sizes_that_no_kernel_takes(form: KVFormat) -> None:
+    with pytest.raises(ValueError, match=r"KVFormat\.empty: "):
+        form.empty(1, 1, 1)
+    with pytest.raises(ValueError, match="none may be negative"):
+        KVFormat(16).empty(1, 1, -1)
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ranvier.integrations import _manifest as manifests
 from ranvier.integrations._manifest import FLOATS, MANIFEST, OWN_FILES, STORED, TENSORS, HadamardEntry, LayerEntry, Manifest
 from ranvier.integrations._staging import check_output, staged
+from ranvier.methods.spikellm.blocks import check_module
 from ranvier.nn.hadamard import Hadamard, HadamardLinear
 from ranvier.nn.spike_linear import SpikeGroup, SpikingLinear
 
@@ -63,6 +64,7 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> 
     """
     from ranvier import __version__
 
+    check_module("save", model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SpikingLinear)}
     if not layers or "" in layers:
         fault = "is itself one spiking layer; put it in a module" if layers else "has no spiking layer; spike_ it first"

@@ -267,7 +267,9 @@ def _load_spiking(path: Path, dtype: torch.dtype, split: bool) -> tuple[nn.Modul
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> Any:
-    """The tokenizer's input_ids and attention_mask. Raises ValueError for a prompt without tokens."""
+    """The tokenizer's input_ids and attention_mask. Raises TypeError for several prompts, ValueError for one without tokens."""
+    if not isinstance(prompt, str):
+        raise TypeError(f"generate: the prompt is {type(prompt).__name__}; pass one text")
     encoded = tokenizer(prompt, return_tensors="pt")
     if encoded["input_ids"].numel() == 0:
         raise ValueError("generate: the prompt is empty; pass some text")
@@ -275,7 +277,10 @@ def encode_prompt(tokenizer: Any, prompt: str) -> Any:
 
 
 def generate(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int = 32) -> str:
-    """The prompt and its greedy continuation. Raises ValueError for an empty prompt or no token to add."""
+    """The prompt and its greedy continuation.
+
+    Raises TypeError for a prompt that is no text, ValueError for an empty prompt or no token to add.
+    """
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens is {max_new_tokens}; it must be at least 1")
     from ranvier.methods.spikellm.data import check_ids

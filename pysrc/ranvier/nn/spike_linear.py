@@ -212,6 +212,8 @@ class SpikingLinear(nn.Module):
         where = f"{cls.__name__}.{way}"
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{where}: got {type(linear).__name__}; pass a torch.nn.Linear")
+        if config is not None and not isinstance(config, SpikeConfig):
+            raise TypeError(f"{where}: config is {type(config).__name__}; pass a ranvier.SpikeConfig")
         config = config or cls.default_config()
         out_features, in_features = linear.weight.shape
         check_convertible(where, linear, config)

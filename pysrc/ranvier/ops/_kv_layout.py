@@ -69,7 +69,13 @@ class KVFormat:
         return -(-tokens // BLOCK)
 
     def empty(self, batch: int, kv_heads: int, blocks: int, device: torch.device | str = "cpu") -> Tensor:
-        """A cache with room for 64 ``blocks`` tokens: uint8 [batch, kv_heads, blocks, block_bytes]."""
+        """A cache with room for 64 ``blocks`` tokens: uint8 [batch, kv_heads, blocks, block_bytes].
+
+        Raises ValueError for sizes that no kernel takes.
+        """
+        self.check("KVFormat.empty")
+        if min(batch, kv_heads, blocks) < 0:
+            raise ValueError(f"KVFormat.empty: got {batch}, {kv_heads}, {blocks}; none may be negative")
         return torch.zeros((batch, kv_heads, blocks, self.block_bytes), dtype=torch.uint8, device=device)
 
 

@@ -238,9 +238,23 @@ op = declare(
 )  # fmt: skip
 
 
-def _row(values: int | Tensor, like: Tensor) -> Tensor:
+def _row(op: str, name: str, values: int | Tensor, like: Tensor, cache: Tensor, first: int, last: int) -> Tensor:
+    """values for each row; a number is looked at here, before a GPU, which reads none back, gets it.
+
+    first, last: the smallest number, and how far below the cache's room the largest one is.
+    """
     if isinstance(values, Tensor):
         return values
+    if type(values) is not int:
+        raise TypeError(f"{op}: {name} is {values!r}; pass a whole number, or int64 [batch]")
+    room = BLOCK * cache.shape[2] if isinstance(cache, Tensor) and cache.ndim == 4 else None
+    if values < first or (room is not None and values > room - last):
+        raise ValueError(
+            f"{op}: {name} is {values}; with this many tokens in the call it must be from {first} to {room - last}, as the"
+            f" cache has room for {room}"
+            if room is not None
+            else f"{op}: {name} is {values}; it must be at least {first}"
+        )
     return torch.full((like.shape[0],), values, dtype=torch.int64, device=like.device)
 
 
@@ -267,8 +281,9 @@ def kv_encode(
     back, a token beyond the cache is not stored and its scale is NaN, and bits that the format has no room for are dropped.
     Source: SpikeLLM, arXiv 2407.04752, section 3; quantized per token, as in its parent OmniQuant, so that it is causal.
     """
-    check_is_tensor("kv_attention_encode", "key", key)
-    at = _row(positions, key)
+    op, tokens = "kv_attention_encode", key.shape[2] if isinstance(key, Tensor) and key.ndim == 4 else 0
+    check_is_tensor(op, "key", key)
+    at = _row(op, "positions", positions, key, cache, 0, tokens)
     return encode_op(key, value, cache, key_mask, value_mask, at, form.key_salient, form.value_salient, backend=backend)
 
 
@@ -304,9 +319,18 @@ def kv_attention(
     narrower than a row's tokens adds nothing to the others.
     """
     check_is_tensor("kv_attention", "query", query)
-    head_dim = query.shape[-1] if query.ndim else 0
+    head_dim, queries = (query.shape[-1], query.shape[2]) if query.ndim == 4 else (0, 0)
     scale = float(scale if scale is not None else max(head_dim, 1) ** -0.5)
-    given = (key_mask, value_mask, _row(lengths, query), starts, mask, form.key_salient, form.value_salient, scale)
+    given = (
+        key_mask,
+        value_mask,
+        _row("kv_attention", "lengths", lengths, query, cache, queries, 0),
+        starts,
+        mask,
+        form.key_salient,
+        form.value_salient,
+        scale,
+    )
     return op(query, cache, *given, backend=backend)
 
 

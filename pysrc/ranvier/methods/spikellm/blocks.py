@@ -145,6 +145,12 @@ class _Recorder:
         return hidden if isinstance(self._form, Tensor) else type(self._form)((hidden, *self._form[1:]))
 
 
+def check_module(op: str, model: Any) -> None:
+    """Raises TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: got {type(model).__name__}; pass a torch.nn.Module")
+
+
 def call_model(model: nn.Module, batch: Any, device: torch.device) -> Any:
     """One calibration batch: a tensor, or keyword arguments. Raises TypeError or ValueError for another kind."""
     check_batch(model, batch)

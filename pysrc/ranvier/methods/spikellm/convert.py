@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ranvier.config import SpikeConfig
-from ranvier.methods.spikellm.blocks import call_model, replace_modules
+from ranvier.methods.spikellm.blocks import call_model, check_module, replace_modules
 from ranvier.methods.spikellm.data import own_calibration
 from ranvier.methods.spikellm.engine import (
     Conversion,
@@ -265,6 +265,7 @@ def spike_(
     named), an empty calibration set or one that misses a layer; TypeError for batches of another kind.
     SpikeLLM, arXiv 2407.04752.
     """
+    check_module("spike_", model)
     config = SpikeConfig() if config is None else config
     check_supported(config)
     if type(model) is nn.Linear:
@@ -302,6 +303,7 @@ def unspike_(model: nn.Module) -> nn.Module:
     lost stays lost. If anything fails the model is as it was. Raises ValueError where nothing is spiking, and for a model
     that is itself one spiking layer.
     """
+    check_module("unspike_", model)
     if isinstance(model, SpikingLinear):
         raise ValueError("unspike_: the model is itself one SpikingLinear and cannot be replaced in place; use to_linear")
     layers = [module for module in model.modules() if isinstance(module, SpikingLinear)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ranvier.methods.spikellm.blocks import replace_modules
+from ranvier.methods.spikellm.blocks import check_module, replace_modules
 from ranvier.nn.spike_linear import SpikingLinear
 from ranvier.nn.spike_rms_norm import SpikingRMSNorm
 from ranvier.nn.spike_silu_mul import LINEARS, SpikingGatedMLP
@@ -44,6 +44,7 @@ def fuse_(model: nn.Module) -> FuseReport:
 
     Raises ValueError for a model without spiking layers. If anything fails the model is as it was.
     """
+    check_module("fuse_", model)
     if not any(isinstance(module, SpikingLinear) for module in model.modules()):
         raise ValueError(f"fuse_: {type(model).__name__} has no spiking layer; convert it with spike_ first")
     report, replacements = FuseReport(), {}
@@ -62,7 +63,11 @@ def fuse_(model: nn.Module) -> FuseReport:
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
-    """Put back the modules that :func:`fuse_` replaced, with the parameters and layers the model has now; returns it."""
+    """Put back the modules that :func:`fuse_` replaced, with the parameters and layers the model has now; returns it.
+
+    A model in which nothing is fused stays as it is.
+    """
+    check_module("unfuse_", model)
     replace_modules(model, {id(module): _original(module) for module in _fused_modules(model)})
     return model
 
