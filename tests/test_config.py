@@ -150,3 +150,33 @@ def test_every_valid_config_makes_a_layer() -> None:
                 assert layer(x).isfinite().all()
             made += 1
     assert made > 150
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"act_bits": 8, "steps": 2, "salient": 0.0},
+        {"weight_bits": 2, "act_bits": 8, "steps": 5},
+        {"weight_bits": 2, "act_bits": 8, "steps": 7, "weight_grid": "ternary"},
+        {"act_bits": 6, "steps": 2},
+    ],
+    ids=str,
+)
+def test_the_last_values_that_fit(values: dict) -> None:
+    """8 bits with steps that no channel takes, 16 and 15 levels in 4 bits, codes up to 126."""
+    assert SpikeConfig(**values).to_dict().items() >= values.items()
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"weight_bits": 2, "act_bits": 8, "steps": 6}, "19 levels do not fit 16"),
+        ({"weight_bits": 2, "act_bits": 8, "steps": 8, "weight_grid": "ternary"}, "17 levels do not fit 16"),
+        ({"act_bits": 6, "steps": 3}, "codes reach 189"),
+    ],
+    ids=str,
+)
+def test_the_first_values_that_do_not_fit(values: dict, says: str) -> None:
+    """The error counts what does not fit."""
+    with pytest.raises(ValueError, match=says):
+        SpikeConfig(**values)

@@ -285,6 +285,12 @@ def test_output_that_cannot_be_written_is_one_line_and_found_at_once(monkeypatch
     assert place in mistake(capsys, "spike", "model", tmp_path / place)
 
 
+def test_a_method_that_does_not_exist_is_found_before_the_model_is_loaded(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("ranvier.cli.spike.load_model", lambda _: pytest.fail("the model was loaded first"))
+    options = ["--pipeline", "omniquant", "--weight-bits", 2]
+    assert "trains 4-bit weights" in mistake(capsys, "spike", "model", tmp_path / "o", *options)
+
+
 def test_traceback_is_there_for_those_who_ask(tmp_path):
     with pytest.raises(FileNotFoundError):
         main(["--traceback", "generate", str(tmp_path / "none"), "--prompt", "x"])

@@ -19,6 +19,7 @@ from tiny_lm import TEXT, logits, spiking_llama, tiny_llama, tiny_tokenizer
 
 import ranvier
 from ranvier.integrations import transformers as lm
+from ranvier.integrations._conversion import check_calibration
 from ranvier.methods.spikellm.evaluate import perplexity
 
 pytest.importorskip("transformers")
@@ -78,6 +79,7 @@ def edit(folder: Path, change) -> None:
         (lambda q: q["layers"][3].update(name="model.nowhere"), r"model\.nowhere is spiking, but \w+ has no such layer"),
         (lambda q: q["layers"][3].update(name="model.norm"), r"has a LlamaRMSNorm there"),
         (lambda q: q["layers"][3].update(in_features=32), r"o_proj is 32 -> 64; in LlamaForCausalLM it is 64 -> 64"),
+        (lambda q: q["layers"][3].update(out_features=32), r"o_proj is 64 -> 32; in LlamaForCausalLM it is 64 -> 64"),
         (lambda q: q["layers"][3].update(salient_count=0), r"o_proj\.salient_mask marks 7 channels, config\.json says 0"),
         (lambda q: q["layers"][3].update(bias=None), r"o_proj has a bias"),
     ],
@@ -141,6 +143,8 @@ def test_calibration_text_that_cannot_be_used(plain, tmp_path):
 
     with pytest.raises(FileNotFoundError, match="nowhere"):
         convert(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere"):  # before the weights are read, too
+        check_calibration(ranvier.SpikeConfig(), str(tmp_path / "nowhere"))
     (tmp_path / "bytes").write_bytes(b"the \xff node")
     with pytest.raises(ValueError, match=r"bytes is not UTF-8 text: .* at byte 4"):
         convert(tmp_path / "bytes")

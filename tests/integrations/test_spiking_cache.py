@@ -10,7 +10,14 @@ from tiny_lm import WORDS, tiny_llama, token_batch
 
 from ranvier import SpikeConfig
 from ranvier.integrations._kv_layers import SpikingCacheLayer
-from ranvier.integrations.spiking_cache import NAME, SpikingCache, calibrate_masks, register
+from ranvier.integrations.spiking_cache import (
+    NAME,
+    OBSERVE,
+    SpikingCache,
+    calibrate_masks,
+    register,
+    spiking_attention,
+)
 from ranvier.methods.spikellm.kv_saliency import KVMasks
 from ranvier.reference import kv_attention as reference
 
@@ -171,6 +178,15 @@ def test_growing_keeps_what_is_stored() -> None:
         assert handle.shape == (2, 2, end, 16) and handle.spiking_layer is parts
     assert all(torch.equal(a, b) for a, b in zip(whole.decoded(), parts.decoded(), strict=True))
     assert whole.nbytes() == parts.nbytes() == 2 * 2 * 4 * whole.form.block_bytes
+    full = SpikingCacheLayer(masks)
+    for begin, end, blocks in ((0, 60, 1), (60, 64, 1), (64, 65, 2)):  # a block is used up before another is taken
+        full.update(key[:, :, begin:end], value[:, :, begin:end])
+        assert full.packed.shape[2] == blocks
+    for wrong in (value[:, :, :1], value[..., :8]):
+        with pytest.raises(ValueError, match="its masks are for"):
+            SpikingCacheLayer(masks).update(key, wrong)
+    with pytest.raises(ValueError, match="does not offload"):
+        parts.offload()
     parts.reset()
     assert not parts.is_initialized and parts.nbytes() == 0
     with pytest.raises(ValueError, match="its masks are for"):
@@ -189,6 +205,11 @@ def test_calibration_marks_the_same_share_of_every_head_and_leaves_the_model() -
         assert torch.equal(one.key, other.key) and torch.equal(one.value, other.value)
     together = calibrate_masks(model, [token_batch(32, seed=1)], 0.1, per_head=False)
     assert [m.key.sum().item() for m in together] == [4, 4]
+    prepared(model)
+    for per_head, expected in ((True, first), (False, together)):
+        made = SpikingCache.for_model(model, SpikeConfig(salient=0.1), [token_batch(32, seed=1)], per_head=per_head).masks
+        assert all(torch.equal(a.key, b.key) and torch.equal(a.value, b.value) for a, b in zip(made, expected, strict=True))
+    assert not all(torch.equal(a.value, b.value) for a, b in zip(first, together, strict=True))
 
 
 @torch.no_grad()
@@ -240,3 +261,34 @@ def test_misuse_is_refused() -> None:
     model.set_attn_implementation("eager")
     with pytest.raises((RuntimeError, NotImplementedError)):
         model(token_batch(), past_key_values=cache.fresh()).logits.sum().item()
+
+
+@torch.no_grad()
+def test_scale_and_what_the_kernel_has_not() -> None:
+    """The model's own scale of the logits is used; dropout, softcap, sinks and biases are refused."""
+    layer = SpikingCacheLayer(KVMasks(*(torch.zeros(2, 16, dtype=torch.bool) for _ in range(2))))
+    handle, _ = layer.update(*torch.randn(2, 1, 2, 9, 16))
+    query = torch.randn(1, 4, 9, 16)
+    got, _ = spiking_attention(None, query, handle, handle, None, scaling=0.7)
+    seen = reference.visible(torch.tensor([9]), None, 9, 9)
+    expected = reference.kv_attention(query.double(), *(x.double() for x in layer.decoded()), seen, None, 0.7)
+    # Values of a few units, whose weights are exact to 2^-15 or so.
+    torch.testing.assert_close(got.transpose(1, 2).double(), expected, rtol=0, atol=1e-3)
+    for option in ({"dropout": 0.1}, {"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}):
+        with pytest.raises(ValueError, match=f"has no {next(iter(option))}"):
+            spiking_attention(None, query, handle, handle, None, **option)
+    assert spiking_attention(None, query, handle, handle, None, softcap=None, dropout=0.0)[0].shape == (1, 9, 4, 16)
+
+
+@torch.no_grad()
+def test_observing_changes_nothing(model) -> None:
+    """The attention that saliency is measured by is the model's own: grouped heads, windows and scale."""
+    register()
+    for attention in model.modules():
+        if hasattr(attention, "scaling"):
+            attention.scaling *= 1.7
+    ids = token_batch(20, seed=3)
+    model.set_attn_implementation("eager")
+    expected = model(ids, use_cache=False).logits
+    model.set_attn_implementation(OBSERVE)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)

@@ -171,6 +171,11 @@ def test_refused(tmp_path: Path, source: Path) -> None:
     for (folder, config, given), words in cases:
         with pytest.raises(ValueError, match=words):
             convert_folder(folder, target, config, given)
+    described = (source / "config.json").read_text()
+    (source / "config.json").write_text(described.replace('"intermediate_size": 96', '"intermediate_size": 128'))
+    with pytest.raises(ValueError, match=r"mlp\.\w+\.weight is \[\d+, \d+\], the model's \[\d+, \d+\]"):
+        convert_folder(source, target, SpikeConfig(), batches())
+    (source / "config.json").write_text(described)
     shard = sorted(source.glob("*.safetensors"))[-1]
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ValueError, match="safetensors"):

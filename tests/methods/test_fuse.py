@@ -187,3 +187,36 @@ def test_what_is_not_recognised_stays() -> None:
     assert len(report.norms) == 3 and not report.mlps
     with pytest.raises(ValueError, match="no spiking layer"):
         fuse_(tiny_llama())
+
+
+def another_forward(mlp: nn.Module) -> None:
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(2 * self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    mlp.__class__ = type("Doubled", (type(mlp),), {"forward": forward})
+
+
+def another_mask(mlp: nn.Module) -> None:
+    mlp.up_proj.group = None
+    mlp.up_proj.salient_mask = mlp.up_proj.salient_mask.roll(1)
+
+
+def another_format(mlp: nn.Module) -> None:
+    linear, config = nn.Linear(64, 96, bias=False), ranvier.SpikeConfig(act_bits=3)
+    mlp.up_proj = SpikingLinear.from_linear(linear, config, mlp.gate_proj.salient_mask)
+    mlp.up_proj.salient_mask = mlp.gate_proj.salient_mask
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(another_forward, "something else"), (another_mask, "do not share"), (another_format, "do not share")],
+)
+def test_one_difference_is_enough_to_leave_an_mlp(change, reason: str) -> None:
+    """Another product of the same parts, or an up_proj that reads other codes than gate_proj: the values stay."""
+    model = spiking_llama()
+    change(model.model.layers[0].mlp)
+    mlp, x = model.model.layers[0].mlp, torch.randn(3, 64)
+    expected = mlp(x)
+    report = fuse_(model)
+    assert model.model.layers[0].mlp is mlp and reason in report.left["model.layers.0.mlp"] and len(report.mlps) == 1
+    assert same(mlp(x), expected)

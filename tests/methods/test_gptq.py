@@ -8,10 +8,11 @@ from spiking import generator
 from torch import Tensor
 
 from ranvier.methods.spikellm.gptq import UniformGrid, gptq, inverse_factor, quantize_gptq
-from ranvier.methods.spikellm.spike_grid import binarize_by_gptq
+from ranvier.methods.spikellm.spike_grid import SHARES, BinaryGrid, SpikeGrid, binarize_by_gptq
 from ranvier.ops.spike_encode import SpikeFormat
 from ranvier.reference.spike_linear import WEIGHT_TOP, dequantize_weight, group_index, quantize_weight
 from ranvier.reference.ternary_linear import binarize_partially
+from ranvier.reference.ternary_linear import quantize_weight as quantize_spiking
 
 N = 12
 
@@ -218,3 +219,36 @@ def test_partial_binarization_through_gptq() -> None:
     assert errors[1] < errors[0]
     # Two magnitudes a row are all that ordinary columns have.
     assert all(row[~mask].abs().unique().numel() == 1 for row in fitted)
+
+
+def test_levels_of_salient_columns_include_zero() -> None:
+    """PB-LLM's 8-bit columns of one sign: 0 is a level, and the far end is the largest weight."""
+    weight, mask = torch.rand(6, 20, generator=generator(3)) + 0.5, torch.arange(20) < 5
+    for sign in (1.0, -1.0):
+        grid = BinaryGrid(sign * weight, mask)
+        ends = (-grid.zero * grid.step, (255 - grid.zero) * grid.step)
+        far, near = (ends[1], ends[0]) if sign > 0 else (-ends[0], ends[1])
+        assert not near.any()
+        torch.testing.assert_close(far, weight[:, mask].amax(1), rtol=2.0**-22, atol=0)  # two roundings
+
+
+@pytest.mark.parametrize(("grid", "tops"), [("uniform", (3, 9)), ("ternary", (2, 6))])
+def test_spiking_levels_are_the_best_share_of_a_row(grid: str, tops: tuple[int, int]) -> None:
+    """Of all shares of round to nearest's steps a row takes the one of least weighted error, both kinds of columns together."""
+    weight, hessian = layer(40)
+    mask, importance = torch.arange(40) % 4 == 0, hessian.diagonal()
+    rule = {"steps": 3, "weight_grid": grid, "span": "shared", "grid": "consistent"}
+    _, scale, zero = quantize_spiking(weight, mask, **rule)
+    found = SpikeGrid(weight, mask, importance, scale, zero, tops)
+    errors = []
+    for share in SHARES:
+        error = torch.zeros(N, dtype=torch.float64)
+        for channel in range(40):
+            r = int(mask[channel])
+            step, point = scale[:, r].double() * share, zero[:, r].double()
+            q = (torch.round(weight[:, channel] / step) + point).clamp(0, tops[r])
+            error += importance[channel] * (step * (q - point) - weight[:, channel]).square()
+        errors.append(error)
+    best = torch.stack(errors).argmin(0)
+    expected = scale.double() * torch.tensor(SHARES)[best, None].double()
+    torch.testing.assert_close(found.scale.double(), expected, rtol=2.0**-20, atol=0)  # stored in float32

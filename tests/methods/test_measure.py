@@ -208,3 +208,14 @@ def test_tokens_that_reach_no_layer_are_refused() -> None:
     model.forward = lambda ids: ids
     with pytest.raises(ValueError, match="these tokens reach no spiking layer"):
         spikes_per_token(model, token_batch(3))
+
+
+def test_weight_only_layers_fire_nothing() -> None:
+    """Beside spiking layers they are left out; alone there is nothing to count."""
+    mixed = nn.Sequential(nn.Embedding(14, 16), SpikingLinear.from_linear(nn.Linear(16, 16)))
+    alone, ids = spikes_per_token(mixed, token_batch(6)), token_batch(6)
+    config = SpikeConfig(act_bits=None)
+    mixed.append(SpikingLinear.from_linear(nn.Linear(16, 16), config))
+    assert spikes_per_token(mixed, ids) == alone
+    only = nn.Sequential(nn.Embedding(14, 16), SpikingLinear.from_linear(nn.Linear(16, 16), config))
+    assert spikes_per_token(only, ids) == dict.fromkeys(COUNTS)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ranvier
 from ranvier.methods.spikellm import omniquant
+from ranvier.methods.spikellm.equivalent import Pair, storable, transformed
 from ranvier.methods.spikellm.fake_quant import fake_input
 from ranvier.methods.spikellm.omniquant import OmniquantOptions, SimulatedBlock, fit_block, omniquant_block
 from ranvier.methods.spikellm.saliency import SaliencyObserver
@@ -378,3 +379,46 @@ def test_a_layer_that_no_input_reaches_is_rounded_to_nearest(options: Any) -> No
     result = omniquant_block(block, linears, [["used"], ["idle"]], masks, [(x, {})], [target], config, 0)
     q, scale, _ = quantize_weight(block.idle.weight.detach(), (32,), None)
     assert torch.equal(result["idle"].q, q) and torch.equal(result["idle"].scale, scale)
+
+
+def test_transforms_of_one_weight_add_up() -> None:
+    """A weight that one pair reads and another makes is scaled by both, in whatever order the pairs come."""
+    tensors = {
+        "v.weight": torch.randn(4, 6),
+        "v.bias": torch.randn(4),
+        "norm.weight": torch.randn(6),
+        "o.weight": torch.randn(3, 4),
+    }
+    pairs = [Pair("norm", ("v",), torch.arange(6), 6, 1.0), Pair("v", ("o",), torch.arange(4), 4, 0.0)]
+    scales = [2.0 ** torch.randint(-2, 3, (pair.channels,)) for pair in pairs]
+    expected = {
+        "norm.weight": (tensors["norm.weight"] + 1) / scales[0] - 1,
+        "v.weight": tensors["v.weight"] * scales[0] / scales[1][:, None],
+        "v.bias": tensors["v.bias"] / scales[1],
+        "o.weight": tensors["o.weight"] * scales[1],
+    }
+    for turn in (1, -1):  # powers of two: exact
+        found = transformed(tensors, pairs[::turn], scales[::turn])
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_scales_of_a_norm_stay_where_no_stored_weight_gives_one() -> None:
+    """A gain of 0 stays 0 whatever its scale, one that would vanish in its dtype keeps the scale; others move by a rounding."""
+    tensors, s = {"norm.weight": torch.tensor([0.0, 1e-7, 1.0])}, torch.tensor([1.5, 1e4, 1.01])
+    (found,) = storable(tensors, {"norm.weight": torch.float16}, [Pair("norm", (), torch.arange(3), 3, 0.0)], [s])
+    assert found[0] == 1.5 and found[1] == 1e4
+    assert found[2] != s[2] and abs(found[2] / s[2] - 1) <= 2.0**-11 and (1 / found[2]).half().float() == 1 / found[2]
+
+
+def test_a_token_of_nothing_does_not_count_without_bound(options: Any) -> None:
+    """Where the block gives 0 for a token its error has no size of its own to be divided by."""
+    options(epochs=1)
+    block, x = Experts(), torch.randn(1, 6, 32)
+    linears, mask = {"used": block.used, "idle": block.idle}, torch.zeros(32, dtype=torch.bool)
+    config = ranvier.SpikeConfig(salient=0.0)
+    with torch.no_grad():
+        target = block(x)
+    target[0, 2] = 0.0
+    simulated = SimulatedBlock(block, linears, [["used"], ["idle"]], dict.fromkeys(linears, mask), config)
+    fit = fit_block(simulated, [(x, {})], [target], 0, options=OmniquantOptions(epochs=1))
+    assert 0 < fit.loss <= fit.rtn_loss < float("inf")

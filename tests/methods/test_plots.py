@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from ranvier.methods.spikellm.plots import INK, PLAIN, SPIKING, perplexity_against_bytes, spike_raster
+from ranvier.methods.spikellm.plots import (
+    INK,
+    PLAIN,
+    SPIKING,
+    operations,
+    perplexity_against_bytes,
+    salient_map,
+    speeds,
+    spike_raster,
+)
 
 NAMES = ("float32", "bfloat16", "W4A16", "W4A8", "W4A4", "T=2", "T=4", "separate")
 
@@ -126,3 +135,65 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp
         else:
             perplexity_against_bytes(rows(), tmp_path / "a.png", "")
     assert not list(tmp_path.iterdir())
+
+
+def changed(draw, key: str, tmp_path: Path) -> np.ndarray:
+    """For every column of pixels whether it moves when one number of a row does."""
+    keys = ("prefill_tokens_per_second", "decode_tokens_per_second", "accumulates_u", "accumulates_c", "ace")
+    given = [{"name": name, "spiking": name == "b", **dict.fromkeys(keys, 3e9)} for name in ("a", "b")]
+    before = picture(draw(given, tmp_path / "before.png", ""))
+    given[1][key] = 1e9
+    return (picture(draw(given, tmp_path / "after.png", "")) != before).any((0, 2))
+
+
+@pytest.mark.parametrize(
+    ("draw", "key", "place", "of"),
+    [
+        (speeds, "prefill_tokens_per_second", 0, 2), (speeds, "decode_tokens_per_second", 1, 2),
+        (operations, "accumulates_u", 0, 3), (operations, "accumulates_c", 1, 3), (operations, "ace", 2, 3),
+    ],
+)  # fmt: skip
+def test_each_panel_draws_its_own_number(tmp_path: Path, draw, key: str, place: int, of: int) -> None:
+    """One number moves the bars of one panel."""
+    moved = changed(draw, key, tmp_path)
+    parts = np.array_split(moved, of)
+    assert [bool(part.any()) for part in parts] == [i == place for i in range(of)]
+
+
+def test_settings_without_operations_are_not_drawn(tmp_path: Path) -> None:
+    """A float model has none: the picture is the one without it; a setting that fires nothing at all keeps its bar."""
+    row = {"name": "a", "spiking": True, "accumulates_u": 3e9, "accumulates_c": 2e9, "ace": 1e9}
+    none = {"name": "b", "spiking": False, "accumulates_u": None, "accumulates_c": None, "ace": None}
+    one, other = (picture(operations(rows, tmp_path / "x.png", "")) for rows in ([row], [none, row]))
+    assert np.array_equal(one, other)
+    silent = {**none, "accumulates_u": 0.0, "accumulates_c": 0.0, "ace": 0.0}
+    assert picture(operations([silent, row], tmp_path / "y.png", "")).shape[0] > one.shape[0]
+
+
+def test_tokens_go_from_left_to_right_with_their_steps(tmp_path: Path) -> None:
+    """Where the first of six tokens alone fires, in both of its steps, the first sixth of the axes is dark."""
+    spikes, salient = counts()
+    spikes[1:] = 0
+    pixels = picture(spike_raster(torch.where(salient, spikes, 0), salient, tmp_path / "a.png", ""))
+    line = int(near(pixels, SPIKING).sum(1).argmax())
+    across = np.flatnonzero(near(pixels[line : line + 1], SPIKING)[0])
+    left, width = across.min(), across.max() - across.min()
+    inside = pixels[line - 12, left + 6 : left + width - 6].max(-1)
+    dark = np.flatnonzero(inside < 100)
+    assert dark.size and dark.max() < width / 6 and dark.max() > width / 9
+
+
+def test_salient_map_shows_shares(tmp_path: Path) -> None:
+    """Masks of any width are drawn alike: all salient is dark, none is light, the first half is dark to the left."""
+    half = torch.arange(1920) < 960
+    masks = {"few": torch.ones(192).bool(), "many": torch.ones(1920).bool(), "none": torch.zeros(1920).bool(), "half": half}
+    pixels = picture(salient_map(masks, tmp_path / "a.png", ""))
+    dark = near(pixels, "#67000d")  # the ends of matplotlib's "Reds"
+    light = near(pixels, "#fff5f0")
+    top, bottom = (np.flatnonzero((dark | light).sum(1) > 800)[i] for i in (0, -1))
+    rows = [int(top + (bottom - top) * (i + 0.5) / 4) for i in range(4)]
+    axes = np.flatnonzero(dark[rows[0]])[: int(dark[rows[0]].sum())]
+    left, right = axes.min() + 20, axes.min() + int((light[rows[2]]).sum()) - 20
+    assert dark[rows[0], left:right].all() and dark[rows[1], left:right].all() and light[rows[2], left:right].all()
+    middle = (left + right) // 2
+    assert dark[rows[3], left : middle - 20].all() and light[rows[3], middle + 20 : right].all()

@@ -107,3 +107,36 @@ def test_settings_of_pipelines_and_rotation() -> None:
     """Every pipeline brings its three settings, rotated ones too where asked, each named apart."""
     names = [s.name for s in report_settings(tiny_llama(), ["rtn", "gptq"], True)]
     assert len(names) == len(set(names)) == 5 + 4 * 3 and "gptq rotated: spiking T=4, 5 %" in names
+
+
+def test_cells_are_the_rows_numbers(page: Path) -> None:
+    """Every cell is its own column's number, in the unit that the column names; a dash where there is none."""
+    rows = json.loads((page.parent / "report.json").read_text())["rows"]
+    text = page.read_text()
+    heads = re.findall(r"<th>([^<]*)</th>", text)[1:]
+    numbers = {
+        "perplexity": ("perplexity", 1), "x float32": ("ratio", 1), "weights, MB": ("weight_bytes", 1e6),
+        "prefill, tok/s": ("prefill_tokens_per_second", 1), "decode, tok/s": ("decode_tokens_per_second", 1),
+        "zero codes c": ("zero_fraction_c", 0.01),
+    }  # fmt: skip
+    # What the tiny model counts rounds to nothing in these units: of them only whether there is a number is told.
+    small = {"spikes/token u, M": "spikes_u", "MAC/token, G": "macs", "ACE/token, G": "ace"}
+    for row, line in zip(rows, re.findall(r"<tr class=.*?</tr>", text), strict=True):
+        cells = dict(zip(heads, re.findall(r"<td>([^<]*)</td>", line), strict=True))
+        for head, (key, unit) in numbers.items():
+            if row[key] is None:
+                assert cells[head] == "-"
+            else:  # the last digit shown is half a unit off at most
+                assert float(cells[head].strip("%").replace(",", "")) == pytest.approx(row[key] / unit, abs=0.5, rel=0.2)
+        for head, key in small.items():
+            assert (cells[head] == "-") == (row[key] is None)
+
+
+def test_spikes_and_operations_have_the_columns_of_their_code() -> None:
+    """u and c do not change places, millions and billions neither."""
+    row = {"spikes_u": 1e6, "spikes_c": 2e6, "accumulates_u": 3e9, "accumulates_c": 4e9, "macs": 5e9, "ace": 6e9}
+    given = {"name": "n", "note": "<&>", "spiking": True, "perplexity": 7.0, "zero_fraction_c": 0.08, **row}
+    text = module._page({"model": "m"}, [given], [])
+    cells = re.findall(r"<td>([^<]*)</td>", text)
+    assert cells == ["7.00", "-", "-", "-", "-", "1.00", "2.00", "3.00", "4.00", "8%", "5.000", "6.00"]
+    assert 'title="&lt;&amp;&gt;"' in text

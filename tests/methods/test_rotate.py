@@ -273,6 +273,13 @@ def scaled_by_channel():
     return model
 
 
+def undefined():
+    """A model that gives NaN, before and after."""
+    model = family_model("llama")
+    model.model.layers[0].register_forward_hook(lambda _m, _a, output: output * float("nan"))
+    return model
+
+
 class MeanNorm(nn.Module):
     def __init__(self):
         super().__init__()
@@ -302,6 +309,7 @@ def other_norm():
         (meta, "meta device"),
         (adapted, "extra.weight"),
         (scaled_by_channel, "logits of LlamaForCausalLM changed"),
+        (undefined, "logits of LlamaForCausalLM changed by nan"),
         (other_norm, "MeanNorm is no RMSNorm"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), "has no"),
         (

@@ -178,7 +178,7 @@ def test_padding_ragged_lengths_and_masks(isa: str) -> None:
     got = filled.attend(query, lengths, starts=starts)
     assert ((got.double() - truth).abs() <= bound).all()
     assert not got[2, :, :2].any() and got[2, :, 2].any()
-    mask = torch.randn(3, 1, 3, 130, generator=generator(9))
+    mask = torch.randn(3, 4, 3, 130, generator=generator(9))  # another for every row, head and query
     mask[0, :, :, 100:] = float("-inf")
     mask[1, :, 1] = torch.finfo(torch.float32).min
     mask[2] = float("-inf")
@@ -188,7 +188,10 @@ def test_padding_ragged_lengths_and_masks(isa: str) -> None:
     assert ((got.double() - truth).abs() <= bound)[rows].all() and got.isfinite().all() and not got[2].any()
     seen = torch.rand(1, 4, 1, 140, generator=generator(3)) < 0.5
     hidden = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-    assert same(filled.attend(query, mask=seen), filled.attend(query, mask=hidden))
+    got = filled.attend(query, mask=seen)
+    assert same(got, filled.attend(query, mask=hidden))
+    truth, bound = filled.truth(query, None, None, hidden[..., :130].double())
+    assert ((got.double() - truth).abs() <= bound).all()
 
 
 def test_not_finite_tokens_and_queries_touch_those_who_see_them(isa: str) -> None:
@@ -205,9 +208,21 @@ def test_not_finite_tokens_and_queries_touch_those_who_see_them(isa: str) -> Non
         assert got[1, :2, 30:].isnan().all()
         assert same(got[0], clean[0]) and same(got[1, :2, :30], clean[1, :2, :30]) and same(got[1, 2:], clean[1, 2:])
         kv_encode(filled.key[:, :, 70:71], filled.value[:, :, 70:71], filled.cache, *filled.masks, 70, form=filled.form)
-    query[0, 1, 5, 2] = float("nan")
-    got = filled.attend(query)
-    assert got[0, 1, 5].isnan().all() and got.isnan().sum() == got.shape[-1]
+    for value in (float("nan"), float("-inf")):
+        query[0, 1, 5, 2] = value
+        got = filled.attend(query)
+        assert got[0, 1, 5].isnan().all() and got.isnan().sum() == got.shape[-1]
+
+
+def test_bytes_of_not_finite_tokens_equal_reference() -> None:
+    """Such a token stores no codes: nothing of the token, key or value before it."""
+    x = torch.randn(1, 1, 5, 33, generator=generator(5))
+    x[..., 1, 3], x[..., 3, 7] = float("nan"), float("inf")
+    form, chosen = KVFormat(33, 5, 5), (masks(1, 33, 5), masks(1, 33, 5, 2))
+    mine, theirs = form.empty(1, 1, 1), form.empty(1, 1, 1)
+    kv_encode(x, x.roll(1, 2), mine, *chosen, 0, form=form)
+    kv_encode(x, x.roll(1, 2), theirs, *chosen, 0, form=form, backend="reference")
+    assert torch.equal(mine, theirs)
 
 
 def test_garbage_beyond_the_length_is_not_read(isa: str) -> None:

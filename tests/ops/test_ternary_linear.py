@@ -386,6 +386,23 @@ def test_bad_input(error: type, says: str, arguments: tuple) -> None:
         ternary_linear_dynamic(*arguments)
 
 
+def test_clipped_activations_equal_the_reference() -> None:
+    """act_clip reaches the codes of both; other values than without it."""
+    x, form = torch.randn(3, 16), dataclasses.replace(FORM, act_clip=0.5)
+    mine, theirs = (ternary_linear_dynamic(x, W, form, N, BIAS, MASK, backend=backend) for backend in (None, "reference"))
+    # 16 products of an exact integer sum: a few roundings of values of some units.
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert (mine - ternary_linear_dynamic(x, W, FORM, N, BIAS, MASK)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_has_the_dtype_of_x(dtype: torch.dtype) -> None:
+    """dx = dy W^ in x's type."""
+    x, dy = torch.randn(3, 16).to(dtype).requires_grad_(), torch.randn(3, N).to(dtype)
+    ternary_linear_dynamic(x, W, FORM, N, BIAS, MASK).backward(dy)
+    assert torch.equal(x.grad, dy @ dequantize_ternary(W, MASK, FORM, N).to(dtype))
+
+
 def test_bad_codes() -> None:
     """Codes, scales, masks and output types that do not fit are refused by name."""
     codes, scale = torch.zeros(2, 16, dtype=torch.int8), torch.ones(2, 1)
@@ -393,6 +410,8 @@ def test_bad_codes() -> None:
         ternary_linear(X, scale, W, N, BIAS, MASK)
     with pytest.raises(ValueError, match="scale"):
         ternary_linear(codes, scale[:1], W, N, BIAS, MASK)
+    with pytest.raises(ValueError, match="scale is on meta"):
+        ternary_linear(codes, scale.to("meta"), W, N, BIAS, MASK)
     with pytest.raises(TypeError, match="float64"):
         ternary_linear(codes, scale, W, N, BIAS, MASK, dtype=torch.float64)
     with pytest.raises(ValueError, match="does not mark as many channels"):
@@ -408,6 +427,8 @@ def test_bad_codes() -> None:
         ("q of a salient channel is 16", lambda q, s, z: (torch.where(MASK, 16, q).to(torch.uint8), s, z)),
         ("zero of an ordinary channel is 16", lambda q, s, z: (q, s, z + 16)),
         (r"scale has shape \[5, 1\]", lambda q, s, z: (q, s[:, :1], z)),
+        (r"zero has shape \[5, 1\]", lambda q, s, z: (q, s, z[:, :1])),
+        ("scale has NaN or Inf", lambda q, s, z: (q, s / 0, z)),
         (r"q has shape \[5, 15\]", lambda q, s, z: (q[:, :15], s, z)),
     ],
 )

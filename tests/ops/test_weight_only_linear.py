@@ -116,13 +116,15 @@ def test_zero_token_gives_exactly_the_bias() -> None:
     assert torch.equal(weight_only_linear(x, weight, form, 9, bias), bias.expand(2, 9))
 
 
-def test_gradient_is_the_float_products() -> None:
-    """dx = dy W^, db = sum dy."""
+@dtypes
+def test_gradient_is_the_float_products(dtype: torch.dtype) -> None:
+    """dx = dy W^, db = sum dy, each in x's dtype."""
     weight, form = packed(24, 9)
-    x, bias = torch.randn(4, 24, generator=generator(), requires_grad=True), torch.randn(9, requires_grad=True)
-    grad = torch.randn(4, 9, generator=generator(6))
+    x = torch.randn(4, 24, generator=generator()).to(dtype).requires_grad_()
+    bias = torch.randn(9).to(dtype).requires_grad_()
+    grad = torch.randn(4, 9, generator=generator(6)).to(dtype)
     weight_only_linear(x, weight, form, 9, bias).backward(grad)
-    assert torch.equal(x.grad, grad @ unpack_weight(weight, None, form, 9)) and torch.equal(bias.grad, grad.sum(0))
+    assert torch.equal(x.grad, grad @ unpack_weight(weight, None, form, 9).to(dtype)) and torch.equal(bias.grad, grad.sum(0))
 
 
 @pytest.mark.parametrize(
