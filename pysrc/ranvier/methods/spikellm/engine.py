@@ -144,10 +144,12 @@ class BlockConverter:
             self.run()
         made: dict[str, Made] = {}
         for names in groups:
-            hessian = grams.hessians.pop(names[0])
-            mask = self._mask(names, hessian) if second_order else masks[names[0]]
+            mask = self._mask(names, grams.hessians[names[0]]) if second_order else masks[names[0]]
             for name in names:
-                made[name] = self._made(quantized_layer(self.layers[name], self.config, mask, hessian), name, names)
+                last = name == names[-1]  # it may work on the matrix itself, and nothing here holds it any more
+                take = grams.hessians.pop if last else grams.hessians.get
+                layer = quantized_layer(self.layers[name], self.config, mask, take(names[0]), overwrite=last)
+                made[name] = self._made(layer, name, names)
         join(made)
         if self.sequential:
             self.place(made)
@@ -176,8 +178,10 @@ class BlockConverter:
         replace_modules(self.block, {id(self.layers[name]): layer.module for name, layer in made.items()})
 
 
-def quantized_layer(linear: nn.Linear, config: SpikeConfig, mask: Tensor, hessian: Tensor) -> SpikingLinear:
-    """One layer by the config's pipeline, rtn or gptq, on X^^T X^ of its inputs."""
+def quantized_layer(
+    linear: nn.Linear, config: SpikeConfig, mask: Tensor, hessian: Tensor, *, overwrite: bool = False
+) -> SpikingLinear:
+    """One layer by the config's pipeline, rtn or gptq, on X^^T X^ of its inputs; ``overwrite``: these may be lost."""
     cls = layer_class(config)
     if config.pipeline == "rtn":
         return cls.from_linear(linear, config, mask)
@@ -185,10 +189,11 @@ def quantized_layer(linear: nn.Linear, config: SpikeConfig, mask: Tensor, hessia
     if config.weight_bits == 2:
         from ranvier.methods.spikellm.spike_grid import quantize_spikes
 
-        codes = quantize_spikes(weight, hessian, mask, config)
+        codes = quantize_spikes(weight, hessian, mask, config, overwrite=overwrite)
     else:
         form = cls(linear.in_features, 1, False, config, int(mask.sum()), "meta").format
-        codes = quantize_gptq(weight, hessian, mask, form)
+        codes = quantize_gptq(weight, hessian, mask, form, overwrite=overwrite)
+    del hessian, weight  # the largest there are, and packing needs its own
     return cls.from_quantized(linear=linear, config=config, salient_mask=mask, **codes._asdict())
 
 
