@@ -18,15 +18,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -34,6 +32,7 @@ from ranvier.config import SpikeConfig
 from ranvier.integrations import folder as folders
 from ranvier.integrations._manifest import CONFIG, GENERATION, LayerEntry, empty_layer, file_facts
 from ranvier.integrations._staging import check_output
+from ranvier.integrations._stream_files import Shards, Work
 from ranvier.integrations.transformers import build_empty, import_transformers
 from ranvier.methods.spikellm.blocks import Chain, capture, find_blocks, replace_modules
 from ranvier.methods.spikellm.convert import (
@@ -46,10 +45,17 @@ from ranvier.methods.spikellm.convert import (
 )
 from ranvier.methods.spikellm.data import CALIBRATION_TOKENS, calibration_batches
 from ranvier.methods.spikellm.engine import ChainConverter
+from ranvier.methods.spikellm.rotate import (
+    check_rotated,
+    place_transform,
+    probe_tokens,
+    rotate_block,
+    rotate_outside,
+    rotation_of,
+)
+from ranvier.nn.hadamard import HadamardLinear
 from ranvier.nn.spike_linear import SpikeGroup, check_convertible
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-PROGRESS = "progress.json"
 CPU = torch.device("cpu")
 
 
@@ -71,12 +77,10 @@ def convert_folder(
     source and seed, they are taken over (``resume``), else it is begun anew. The target appears at the end, whole.
 
     Raises ValueError for a source that is no such folder or lacks weights, a model whose blocks are no chain, layers to be
-    converted outside its blocks, a rotation (it needs the whole model: use spike_); OSError where it cannot be written.
+    converted outside its blocks, one that cannot be rotated where that is asked; OSError where it cannot be written.
     """
     config, source, target = config or SpikeConfig(), Path(source), Path(os.path.realpath(target))
     check_supported(config)
-    if config.rotate:
-        raise ValueError("convert_folder: rotate=True turns all weights at once; convert in memory with spike_")
     if calibration is None:
         given = config.calibration
         calibration = _text(source, Path(given), tokenizer) if isinstance(given, (str, os.PathLike)) else given
@@ -88,11 +92,11 @@ def convert_folder(
     if not batches:
         raise ValueError("convert_folder: the calibration set is empty; pass at least one batch")
     check_output(target, folders.MANIFEST)
-    weights = _Shards(source, dtype)
-    stream = _Stream(source, config, weights)
-    work = _Work(target.parent / f".{target.name}.ranvier-work", _key(source, config, batches, seed, dtype), resume)
+    weights = Shards(source, dtype)
+    stream = _Stream(source, config, weights, seed)
+    work = Work(target.parent / f".{target.name}.ranvier-work", _key(source, config, batches, seed, dtype), resume)
     with torch.no_grad():
-        stream.convert(batches, work, seed)
+        stream.convert(batches, work)
     report = stream.assemble(work)
     folders.save(stream.model, target, tokenizer)
     work.remove()
@@ -131,114 +135,56 @@ def _key(source: Path, config: SpikeConfig, batches: list[Any], seed: int, dtype
     return digest.hexdigest()
 
 
-class _Shards:
-    """The tensors of a transformers folder, read one at a time."""
+class _Turning:
+    """Rotates a stream's parts as they come, and sends a few tokens through the blocks as they were and as they became.
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None) -> None:
-        self.folder, self.dtype = folder, dtype
-        if not (folder / CONFIG).is_file():
-            raise ValueError(f"convert_folder: {folder} has no {CONFIG}; pass a transformers folder with safetensors")
-        try:
-            if (folder / INDEX).is_file():
-                files = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            elif (folder / SINGLE).is_file():
-                with safe_open(folder / SINGLE, framework="pt") as file:
-                    files = dict.fromkeys(file.keys(), SINGLE)
-            else:
-                raise ValueError(f"neither {SINGLE} nor {INDEX} is there")
-        except (ValueError, KeyError, OSError, SafetensorError) as error:
-            raise ValueError(f"convert_folder: {folder} holds no readable safetensors: {error}") from error
-        self.files: dict[str, str] = dict(files)
+    In memory the logits of the whole model are compared; here it is the hidden states behind every block.
+    """
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, copied out of its shard, in the wanted dtype."""
-        try:
-            with safe_open(self.folder / self.files[name], framework="pt") as file:
-                tensor = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"convert_folder: {self.folder / self.files[name]} cannot be read: {error}") from error
-        wanted = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.to(wanted, copy=True)
+    def __init__(self, model: nn.Module, path: str, seed: int) -> None:
+        self.rotation = rotation_of(model, seed)
+        probe = [probe_tokens(model)]
+        before = capture(model, path, probe, CPU)
+        rotate_outside(model, self.rotation)
+        after = capture(model, path, probe, CPU)
+        if before is None or after is None:
+            raise ValueError(f"convert_folder: {path} is no chain of blocks; convert in memory with spike_")
+        self.before, self.after = before, after
 
-
-class _Work:
-    """The work folder: what is done, block files, hidden states. progress.json is replaced as the last step of each block."""
-
-    def __init__(self, folder: Path, key: str, resume: bool) -> None:
-        self.folder, self.state = folder, {"key": key, "blocks": []}
-        path = folder / PROGRESS
-        if path.is_file():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                found = {}
-            if resume and found.get("key") == key:
-                self.state = found
-                return
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._write()
-
-    @property
-    def blocks(self) -> list[dict[str, Any]]:
-        """A record for each block that is done."""
-        return self.state["blocks"]
-
-    def _write(self) -> None:
-        stage = self.folder / f"{PROGRESS}.new"
-        with stage.open("w", encoding="utf-8") as file:
-            json.dump(self.state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(stage, self.folder / PROGRESS)
-
-    def block_path(self, index: int) -> Path:
-        """Where the tensors of a converted block lie."""
-        return self.folder / f"block-{index:05}.safetensors"
-
-    def _streams_path(self, count: int) -> Path:
-        return self.folder / f"hidden-{count:05}.safetensors"
+    def turn(self, block: nn.Module, index: int) -> None:
+        """Rotate one block. Raises ValueError where it then does something else."""
+        self.before.hidden[0] = self.before.run(block, index, 0)
+        rotate_block(block, self.rotation, index)
+        self.after.hidden[0] = self.after.run(block, index, 0)
+        check_rotated(self.before.hidden[0], self.after.hidden[0], self.rotation, f"block {index}")
 
     def streams(self) -> dict[str, Tensor]:
-        """The hidden states behind the blocks that are done."""
-        return load_file(self._streams_path(len(self.blocks)))
+        """What the next blocks go on from."""
+        return {"probe.before": self.before.hidden[0].contiguous(), "probe.after": self.after.hidden[0].contiguous()}
 
-    def add(self, record: dict[str, Any], tensors: dict[str, Tensor], streams: dict[str, Tensor]) -> None:
-        """Another block is done."""
-        index = len(self.blocks)
-        for path, content in ((self.block_path(index), tensors), (self._streams_path(index + 1), streams)):
-            stage = path.with_suffix(".new")
-            save_file(content, stage)
-            with stage.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(stage, path)
-        self.state = {**self.state, "blocks": [*self.blocks, record]}
-        self._write()
-        self._streams_path(index).unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Everything is in the target."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def take_up(self, streams: Mapping[str, Tensor]) -> None:
+        """Go on behind the blocks that are done."""
+        self.before.hidden[0], self.after.hidden[0] = streams["probe.before"].clone(), streams["probe.after"].clone()
 
 
 class _Stream:
     """A model without weights, whose blocks get theirs one at a time."""
 
-    def __init__(self, source: Path, config: SpikeConfig, weights: _Shards) -> None:
+    def __init__(self, source: Path, config: SpikeConfig, weights: Shards, seed: int) -> None:
         values = json.loads((source / CONFIG).read_text(encoding="utf-8"))
         name = (values.get("architectures") or [""])[0]
-        self.config, self.weights = config, weights
+        self.config, self.weights, self.seed = config, weights, seed
         self.model = build_empty(name, source, None, (source / GENERATION).is_file()).eval()
         self.model.tie_weights()
-        self.layers, self.skipped = find_linears(self.model, config.skip)
-        self.path = find_blocks(self.model, self.layers)
-        outside = [n for n in self.layers if self.path is None or not n.startswith(f"{self.path}.")]
+        layers, _ = find_linears(self.model, config.skip)
+        self.path = find_blocks(self.model, layers)
+        outside = [n for n in layers if self.path is None or not n.startswith(f"{self.path}.")]
         if outside:
             raise ValueError(
                 f"convert_folder: {outside[0]} lies outside the model's blocks, which are all that is streamed; put a part"
                 " of its name into config.skip, or convert in memory with spike_"
             )
-        for layer_name, layer in self.layers.items():
+        for layer_name, layer in layers.items():
             if config.group_size and layer.in_features % config.group_size:
                 fault = f"K = {layer.in_features} of {layer_name} is not a multiple of group_size = {config.group_size}"
                 raise ValueError(f"convert_folder: {fault}; choose another group_size or skip this layer")
@@ -269,31 +215,37 @@ class _Stream:
                 held[id(old)] = nn.Parameter(value, False) if isinstance(old, nn.Parameter) else value
             slot.table[slot.key] = held[id(old)]
 
-    def convert(self, batches: list[Any], work: _Work, seed: int) -> None:
+    def convert(self, batches: list[Any], work: Work) -> None:
         """Every block that is not done yet."""
         self._fill(self.model, "", blocks=False)
         self._fill(self.blocks[0], f"{self.path}.0.", blocks=True)
+        turning = _Turning(self.model, self.path, self.seed) if self.config.rotate else None
         chain = capture(self.model, self.path, batches, CPU)
         if chain is None:
             raise ValueError(f"convert_folder: {self.path} is no chain of blocks; convert in memory with spike_")
         self._free(self.blocks[0])
-        converter = ChainConverter(chain, self.config, seed)
+        converter = ChainConverter(chain, self.config, self.seed)
         if work.blocks:
-            self._take_up(converter, chain, work)
+            self._take_up(converter, chain, turning, work)
         for index in tqdm(range(len(work.blocks), len(self.blocks)), desc="blocks", unit="block"):
-            self._convert_block(converter, chain, index, work)
+            self._convert_block(converter, chain, turning, index, work)
 
-    def _take_up(self, converter: ChainConverter, chain: Chain, work: _Work) -> None:
+    def _take_up(self, converter: ChainConverter, chain: Chain, turning: _Turning | None, work: Work) -> None:
         streams = work.streams()
+        if turning is not None:
+            turning.take_up(streams)
         for batch in chain.batches():
             chain.hidden[batch] = streams[f"hidden.{batch}"].clone()
             if converter.floats is not None:
                 converter.floats[batch] = streams[f"floats.{batch}"].clone()
 
-    def _convert_block(self, converter: ChainConverter, chain: Chain, index: int, work: _Work) -> None:
+    def _convert_block(self, converter: ChainConverter, chain: Chain, turning: _Turning | None, index: int, work: Work) -> None:
         block, prefix = self.blocks[index], f"{self.path}.{index}."
         self._fill(block, prefix, blocks=True)
-        own = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
+        if turning is not None:
+            turning.turn(block, index)
+        found, _ = find_linears(self.model, self.config.skip)
+        own = {name: layer for name, layer in found.items() if name.startswith(prefix)}
         for name, linear in own.items():
             check_convertible(f"convert_folder: {name}", linear, self.config)
         made, tokens = converter.convert(block, index, own)
@@ -307,6 +259,7 @@ class _Stream:
         tensors = {prefix + name: value.detach().clone() for name, value in block.state_dict().items()}
         streams = {f"hidden.{i}": value.contiguous() for i, value in enumerate(chain.hidden)}
         streams |= {f"floats.{i}": value.contiguous() for i, value in enumerate(converter.floats or [])}
+        streams |= turning.streams() if turning is not None else {}
         work.add({"layers": entries, "tokens": tokens}, tensors, streams)
         for linear in own.values():
             self._free(linear)
@@ -320,9 +273,12 @@ class _Stream:
                 if value is not None and key not in transient:
                     part._buffers[key] = value.to("meta")
 
-    def assemble(self, work: _Work) -> SpikeReport:
+    def assemble(self, work: Work) -> SpikeReport:
         """The converted layers in the model, their tensors mapped from the work folder; what was done."""
         reports: list[LayerReport] = []
+        if self.config.rotate:
+            self._place_transforms()
+        _, skipped = find_linears(self.model, self.config.skip)
         for index, record in enumerate(work.blocks):
             made, groups = {}, {}
             for item in record["layers"]:
@@ -341,4 +297,10 @@ class _Stream:
                 if layer.group is not None:
                     layer.salient_mask = layer.group.share(layer.salient_mask)
         tokens = max((record["tokens"] for record in work.blocks), default=0)
-        return SpikeReport(self.config, reports, self.skipped, tokens)
+        return SpikeReport(self.config, reports, skipped, tokens)
+
+    def _place_transforms(self) -> None:
+        """In the blocks that were converted before an interruption."""
+        for index, block in enumerate(self.blocks):
+            if not any(isinstance(module, HadamardLinear) for module in block.modules()):
+                place_transform(block, index)
