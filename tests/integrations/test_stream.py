@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +30,12 @@ CONFIGS = {
 }
 
 
-def batches() -> list[Tensor]:
-    return [token_batch(32, seed=1), token_batch(7, seed=2), token_batch(64, seed=3)]
+def batches() -> list[Any]:
+    """Of three lengths, and one that is padded."""
+    mask = torch.ones(1, 24, dtype=torch.int64)
+    mask[:, :9] = 0
+    padded = {"input_ids": token_batch(24, seed=4), "attention_mask": mask}
+    return [token_batch(32, seed=1), token_batch(7, seed=2), token_batch(64, seed=3), padded]
 
 
 def work_of(target: Path) -> Path:

@@ -13,18 +13,55 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 
+def real_positions(batch: Any) -> Tensor | None:
+    """Where a calibration batch is text: bool [B, L], False where its ``attention_mask`` [B, L] is 0.
+
+    None where everything is: no mask, one without zeros, or one of another form (per query and key), which says of no
+    position that it is padding.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    real = mask != 0
+    return None if bool(real.all()) else real
+
+
+def real_rows(x: Tensor, real: Tensor | None) -> Tensor:
+    """x [..., K] as rows [M, K], without those of padding.
+
+    real: of :func:`real_positions`. A tensor that is not laid out by batch and position (what reaches an expert) has no
+    padding that could be told, and all of its rows are given.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if real is None or (x.shape[:-1] != real.shape and (x.ndim != 2 or x.shape[0] != real.numel())):
+        return rows
+    return rows[real.reshape(-1).to(x.device)]
+
+
+@dataclass
+class Positions:
+    """Which positions of the batch that is running count (``real_positions``): who runs batches says it to who watches."""
+
+    real: Tensor | None = None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """:func:`real_rows` of what is running."""
+        return real_rows(x, self.real)
+
+
 @dataclass
 class Chain:
     """Calibration batches on their way through a model's blocks.
 
     hidden: what goes into the next block, one tensor a batch. arguments: for every block and batch the keyword arguments
     beside it (masks, position embeddings); tensors that blocks have in common are one object. name: the parameter that
-    takes the hidden states.
+    takes the hidden states. real: :func:`real_positions` of each batch.
     """
 
     hidden: list[Tensor]
     arguments: list[list[dict[str, Any]]]
     names: list[str] = field(default_factory=list)
+    real: list[Tensor | None] = field(default_factory=list)
 
     def run(self, block: nn.Module, index: int, batch: int, hidden: Tensor | None = None) -> Tensor:
         """What block number ``index`` makes of one batch (or of other hidden states in its place)."""
@@ -178,6 +215,7 @@ def capture(model: nn.Module, path: str, batches: Iterable[Any], device: torch.d
     with torch.no_grad(), without_cache(model), _standing_in(blocks, recorder):
         for batch in tqdm(batches, desc="embedding", unit="batch", leave=False):
             recorder.begin()
+            recorder.chain.real.append(real_positions(batch))
             try:
                 call_model(model, batch, device)
             except _Captured:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ranvier.config import SpikeConfig
-from ranvier.methods.spikellm.blocks import call_model, replace_modules
+from ranvier.methods.spikellm.blocks import Positions, call_model, real_positions, replace_modules
 from ranvier.methods.spikellm.data import own_calibration
 from ranvier.methods.spikellm.engine import (
     Conversion,
@@ -108,11 +108,12 @@ def find_linears(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, 
     return found, skipped
 
 
-def _run_calibration(model: nn.Module, calibration: Iterable[Any]) -> int:
-    """Runs every batch; returns how many there were."""
+def _run_calibration(model: nn.Module, calibration: Iterable[Any], positions: Positions) -> int:
+    """Runs every batch, saying which of its positions count; returns how many batches there were."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     count = 0
     for batch in tqdm(calibration, desc="saliency", unit="batch", leave=False):
+        positions.real = real_positions(batch)
         call_model(model, batch, device)
         count += 1
     return count
@@ -126,9 +127,10 @@ def _observe(model: nn.Module, layers: dict[str, nn.Linear], config: SpikeConfig
             )
         return SaliencyObserver(layers, score=False)
     check_batches(calibration)
-    observer = SaliencyObserver(layers, score=config.salient_share not in (0.0, 1.0))
+    positions = Positions()
+    observer = SaliencyObserver(layers, config.salient_share not in (0.0, 1.0), positions)
     with evaluating(model), observer:
-        batches = _run_calibration(model, calibration)
+        batches = _run_calibration(model, calibration, positions)
     if batches == 0:
         raise ValueError("spike_: the calibration set is empty; pass at least one batch")
     if config.salient_share in (0.0, 1.0):
@@ -208,7 +210,8 @@ def spike_(
 
     calibration: an iterable of input-id tensors or of dicts of keyword arguments for ``model``; None takes
     ``config.calibration``, batches too or the path of a text file. It may be None in both where nothing is measured: round
-    to nearest with ``config.salient`` 0 or 1. Layers that are handed the very same tensor (q, k and v; gate and up) share
+    to nearest with ``config.salient`` 0 or 1. Padding is left out of everything that is measured or fitted: positions where a
+    batch's ``attention_mask`` [B, L] is 0. Layers that are handed the very same tensor (q, k and v; gate and up) share
     one mask and, in eager mode, one encoding.
 
     ``config.pipeline="rtn"`` runs each batch once through the model as it is, adding up the saliency of every channel, and

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ranvier.config import SpikeConfig
-from ranvier.methods.spikellm.blocks import Chain, call_model, capture, find_blocks, replace_modules
+from ranvier.methods.spikellm.blocks import (
+    Chain,
+    Positions,
+    call_model,
+    capture,
+    find_blocks,
+    real_positions,
+    replace_modules,
+)
 from ranvier.methods.spikellm.gptq import quantize_gptq
 from ranvier.methods.spikellm.grams import GramObserver, layer_class
 from ranvier.methods.spikellm.saliency import SaliencyObserver, salient_mask, weight_saliency
@@ -91,12 +99,15 @@ class BlockConverter:
 
     def __init__(
         self, block: nn.Module, layers: Mapping[str, nn.Linear], run: Callable[[], None], config: SpikeConfig,
-        sequential: bool = True,
+        positions: Positions, sequential: bool = True,
     ) -> None:  # fmt: skip
-        """run() sends all batches through the block as it then is. sequential: later layers see what earlier ones became."""
+        """run() sends all batches through the block as it then is, and says in ``positions`` which of each count.
+
+        sequential: later layers see what earlier ones became.
+        """
         self.block, self.layers, self.run, self.config = block, dict(layers), run, config
-        self.sequential = sequential
-        self.observer = SaliencyObserver(self.layers, score=self._scores_inputs)
+        self.positions, self.sequential = positions, sequential
+        self.observer = SaliencyObserver(self.layers, self._scores_inputs, positions)
 
     @property
     def _scores_inputs(self) -> bool:
@@ -140,7 +151,7 @@ class BlockConverter:
             masks = {name: torch.zeros_like(layer.weight[0], dtype=torch.bool) for name, layer in leads.items()}
         else:
             masks = {names[0]: self._mask(names, None) for names in groups}
-        with GramObserver(leads, masks, self.config) as grams:
+        with GramObserver(leads, masks, self.config, self.positions) as grams:
             self.run()
         made: dict[str, Made] = {}
         for names in groups:
@@ -213,13 +224,14 @@ class ChainConverter:
 
         layers: the block's own linear layers by their names in the model.
         """
-        chain = self.chain
+        chain, positions = self.chain, Positions()
 
         def run() -> None:
             for batch in chain.batches():
+                positions.real = chain.real[batch]
                 chain.run(block, index, batch)
 
-        converter = BlockConverter(block, layers, run, self.config)
+        converter = BlockConverter(block, layers, run, self.config, positions)
         omniquant = None
         if self.floats is not None:
             for batch in chain.batches():
@@ -245,7 +257,8 @@ class ChainConverter:
                 bar.update(1)
 
             with bar, torch.enable_grad():
-                return omniquant_block(block, layers, groups, masks, inputs, self.floats, self.config, self.seed, progress)
+                given = (block, layers, groups, masks, inputs, self.floats, self.config, self.seed, progress)
+                return omniquant_block(*given, real=chain.real)
 
         return fit
 
@@ -282,12 +295,14 @@ def convert_blocks(
             _convert_copy(converter, block, index, begin, own, result)
     outside = {name: layer for name, layer in layers.items() if name not in inside}
     if outside:
+        positions = Positions()
 
         def run() -> None:
             for batch in tqdm(batches, desc="whole model", unit="batch", leave=False):
+                positions.real = real_positions(batch)
                 call_model(model, batch, device)
 
-        whole = BlockConverter(model, outside, run, config, sequential=False)
+        whole = BlockConverter(model, outside, run, config, positions, sequential=False)
         result.made.update(whole.convert(None))
         result.tokens = max(result.tokens, *(reader.tokens for reader in whole.observer.readers.values()))
     result.made = {name: result.made[name] for name in layers}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ranvier.methods.spikellm._square import all_finite, cholesky_into, reverse_
+from ranvier.methods.spikellm.blocks import Positions
 
 
 def salient_channels(channels: int, share: float) -> int:
@@ -107,16 +108,17 @@ class _Reader:
 class SaliencyObserver:
     """Adds up saliency while a model runs, and sees which layers read the same tensor.
 
-    Use as a context manager round the calibration passes; nothing but one score a channel is kept of them.
+    Use as a context manager round the calibration passes; nothing but one score a channel is kept of them. positions: which
+    of a batch's positions count, as whoever runs it says; None: all.
     """
 
-    def __init__(self, layers: dict[str, nn.Linear], score: bool = True) -> None:
+    def __init__(self, layers: dict[str, nn.Linear], score: bool = True, positions: Positions | None = None) -> None:
         self.readers = {
             name: _Reader(name, layer, torch.zeros(layer.in_features, device=layer.weight.device))
             for name, layer in layers.items()
         }
         self.sequence: list[str] = []  # layers in the order of their first calls
-        self._score, self._handles = score, []
+        self._score, self._positions, self._handles = score, positions or Positions(), []
         self._seen: tuple | None = None
 
     def __enter__(self) -> SaliencyObserver:
@@ -139,7 +141,7 @@ class SaliencyObserver:
         if reader.calls == 0:
             self.sequence.append(reader.name)
         reader.calls += 1
-        flat = x.detach().reshape(-1, x.shape[-1])
+        flat = self._positions.rows(x.detach())
         reader.tokens += flat.shape[0]
         if not self._score or flat.shape[0] == 0:
             return
