@@ -25,6 +25,8 @@ CONFIGS = {
     "rtn": SpikeConfig(),
     "gptq": SpikeConfig(pipeline="gptq", span="separate", group_size=32),
     "weight-only": SpikeConfig(pipeline="gptq", act_bits=None),
+    "head": SpikeConfig(skip=()),
+    "head + gptq": SpikeConfig(pipeline="gptq", rotate=True, skip=()),
     "rotate": SpikeConfig(rotate=True),
     "rotate + gptq": SpikeConfig(pipeline="gptq", rotate=True, skip=("lm_head", "up_proj")),
 }
@@ -198,7 +200,7 @@ def test_refused(tmp_path: Path, source: Path) -> None:
     (tmp_path / "empty").mkdir()
     cases = [
         ((tmp_path / "empty", SpikeConfig(), batches()), "has no config.json"),
-        ((source, SpikeConfig(skip=()), batches()), "lm_head lies outside"),
+        ((source, SpikeConfig(pipeline="omniquant", skip=()), batches()), "lm_head lies in no block"),
         ((source, SpikeConfig(), None), "pass calibration batches"),
         ((source, SpikeConfig(), []), "calibration set is empty"),
         ((source, SpikeConfig(group_size=128), batches()), "not a multiple of group_size"),

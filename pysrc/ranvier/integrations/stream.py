@@ -34,7 +34,7 @@ from ranvier.integrations._manifest import CONFIG, GENERATION, LayerEntry, empty
 from ranvier.integrations._staging import check_output
 from ranvier.integrations._stream_files import Shards, Work
 from ranvier.integrations.transformers import build_empty, import_transformers
-from ranvier.methods.spikellm.blocks import Chain, capture, find_blocks, replace_modules
+from ranvier.methods.spikellm.blocks import Chain, Positions, capture, find_blocks, replace_modules, run_around
 from ranvier.methods.spikellm.convert import (
     LayerReport,
     SpikeReport,
@@ -44,7 +44,7 @@ from ranvier.methods.spikellm.convert import (
     report_layer,
 )
 from ranvier.methods.spikellm.data import CALIBRATION_TOKENS, calibration_batches
-from ranvier.methods.spikellm.engine import ChainConverter
+from ranvier.methods.spikellm.engine import BlockConverter, ChainConverter, Conversion
 from ranvier.methods.spikellm.rotate import (
     check_rotated,
     place_transform,
@@ -76,8 +76,11 @@ def convert_folder(
     stored). Work goes to ``.NAME.ranvier-work`` beside the target: if that holds blocks of the same config, calibration,
     source and seed, they are taken over (``resume``), else it is begun anew. The target appears at the end, whole.
 
-    Raises ValueError for a source that is no such folder or lacks weights, a model whose blocks are no chain, layers to be
-    converted outside its blocks, one that cannot be rotated where that is asked; OSError where it cannot be written.
+    Layers outside the blocks come last, on the inputs that they have in the unquantized model; gptq then carries that
+    model's hidden states along.
+
+    Raises ValueError for a source that is no such folder or lacks weights, a model whose blocks are no chain, one that cannot
+    be rotated where that is asked, omniquant with layers outside the blocks; OSError where it cannot be written.
     """
     config, source, target = config or SpikeConfig(), Path(source), Path(os.path.realpath(target))
     check_supported(config)
@@ -96,8 +99,8 @@ def convert_folder(
     stream = _Stream(source, config, weights, seed)
     work = Work(target.parent / f".{target.name}.ranvier-work", _key(source, config, batches, seed, dtype), resume)
     with torch.no_grad():
-        stream.convert(batches, work)
-    report = stream.assemble(work)
+        outside = stream.convert(batches, work)
+        report = stream.assemble(work, outside)
     folders.save(stream.model, target, tokenizer)
     work.remove()
     return report
@@ -177,12 +180,17 @@ class _Stream:
         self.model = build_empty(name, source, None, (source / GENERATION).is_file()).eval()
         self.model.tie_weights()
         layers, _ = find_linears(self.model, config.skip)
-        self.path = find_blocks(self.model, layers)
-        outside = [n for n in layers if self.path is None or not n.startswith(f"{self.path}.")]
-        if outside:
+        path = find_blocks(self.model, layers)
+        if path is None:
             raise ValueError(
-                f"convert_folder: {outside[0]} lies outside the model's blocks, which are all that is streamed; put a part"
-                " of its name into config.skip, or convert in memory with spike_"
+                "convert_folder: the model has no list of blocks with linear layers; convert in memory with spike_"
+            )
+        self.path = path
+        self.outside = {name: layer for name, layer in layers.items() if not name.startswith(f"{path}.")}
+        if self.outside and config.pipeline == "omniquant":
+            raise ValueError(
+                f"convert_folder: pipeline='omniquant' trains block by block, and {next(iter(self.outside))} lies in no block;"
+                " skip it, or use pipeline='gptq'"
             )
         for layer_name, layer in layers.items():
             if config.group_size and layer.in_features % config.group_size:
@@ -215,8 +223,8 @@ class _Stream:
                 held[id(old)] = nn.Parameter(value, False) if isinstance(old, nn.Parameter) else value
             slot.table[slot.key] = held[id(old)]
 
-    def convert(self, batches: list[Any], work: Work) -> None:
-        """Every block that is not done yet."""
+    def convert(self, batches: list[Any], work: Work) -> Conversion:
+        """Every block that is not done yet, which goes to ``work``, and then what is not in blocks, which is returned."""
         self._fill(self.model, "", blocks=False)
         self._fill(self.blocks[0], f"{self.path}.0.", blocks=True)
         turning = _Turning(self.model, self.path, self.seed) if self.config.rotate else None
@@ -224,11 +232,27 @@ class _Stream:
         if chain is None:
             raise ValueError(f"convert_folder: {self.path} is no chain of blocks; convert in memory with spike_")
         self._free(self.blocks[0])
-        converter = ChainConverter(chain, self.config, self.seed)
+        converter = ChainConverter(chain, self.config, self.seed, follow=bool(self.outside))
         if work.blocks:
             self._take_up(converter, chain, turning, work)
         for index in tqdm(range(len(work.blocks), len(self.blocks)), desc="blocks", unit="block"):
             self._convert_block(converter, chain, turning, index, work)
+        return self._convert_outside(converter, batches) if self.outside else Conversion()
+
+    def _convert_outside(self, converter: ChainConverter, batches: list[Any]) -> Conversion:
+        """Layers before and behind the blocks, on the inputs they have in the unquantized model."""
+        chain, positions = converter.chain, Positions()
+        for name, linear in self.outside.items():
+            check_convertible(f"convert_folder: {name}", linear, self.config)
+
+        def run() -> None:
+            for index, batch in enumerate(tqdm(batches, desc="outside the blocks", unit="batch", leave=False)):
+                positions.real = chain.real[index]
+                run_around(self.model, self.path, chain, batch, converter.unquantized[index], CPU)
+
+        whole = BlockConverter(self.model, self.outside, run, self.config, positions, sequential=False)
+        made = whole.convert(None)
+        return Conversion(made, tokens=max(reader.tokens for reader in whole.observer.readers.values()))
 
     def _take_up(self, converter: ChainConverter, chain: Chain, turning: _Turning | None, work: Work) -> None:
         streams = work.streams()
@@ -273,19 +297,20 @@ class _Stream:
                 if value is not None and key not in transient:
                     part._buffers[key] = value.to("meta")
 
-    def assemble(self, work: Work) -> SpikeReport:
-        """The converted layers in the model, their tensors mapped from the work folder; what was done."""
-        reports: list[LayerReport] = []
+    def assemble(self, work: Work, outside: Conversion) -> SpikeReport:
+        """The converted layers in the model, those of blocks mapped from the work folder; what was done."""
+        reports = {name: report_layer(name, self.outside[name], made) for name, made in outside.made.items()}
         if self.config.rotate:
             self._place_transforms()
         _, skipped = find_linears(self.model, self.config.skip)
+        replace_modules(self.model, {id(self.outside[name]): made.module for name, made in outside.made.items()})
         for index, record in enumerate(work.blocks):
             made, groups = {}, {}
             for item in record["layers"]:
                 entry, report = LayerEntry(**item["entry"]), item["report"]
                 layer = made[entry.name] = empty_layer(entry, self.config)
                 group = tuple(report["group"])
-                reports.append(LayerReport(**{**report, "group": group}))
+                reports[entry.name] = LayerReport(**{**report, "group": group})
                 if len(group) > 1:
                     layer.group = groups.setdefault(group, SpikeGroup())
             replace_modules(self.model, {id(self.model.get_submodule(name)): layer for name, layer in made.items()})
@@ -296,8 +321,9 @@ class _Stream:
             for layer in made.values():
                 if layer.group is not None:
                     layer.salient_mask = layer.group.share(layer.salient_mask)
-        tokens = max((record["tokens"] for record in work.blocks), default=0)
-        return SpikeReport(self.config, reports, skipped, tokens)
+        tokens = max([outside.tokens, *(record["tokens"] for record in work.blocks)])
+        in_order = [reports[name] for name, _ in self.model.named_modules() if name in reports]
+        return SpikeReport(self.config, in_order, skipped, tokens)
 
     def _place_transforms(self) -> None:
         """In the blocks that were converted before an interruption."""

@@ -212,12 +212,19 @@ class ChainConverter:
     """Sends a chain of hidden states through blocks, converting each as it comes: one block is held at a time.
 
     Plain rounding measures saliency on the unquantized model; the other pipelines go on with the converted block's outputs.
-    ``floats`` are the hidden states of the unquantized model, carried along where a pipeline fits a block's output to them.
+    ``floats`` are the hidden states of the unquantized model, carried along where a pipeline fits a block's output to them,
+    and where ``follow`` says that they are wanted behind the last block.
     """
 
-    def __init__(self, chain: Chain, config: SpikeConfig, seed: int) -> None:
+    def __init__(self, chain: Chain, config: SpikeConfig, seed: int, follow: bool = False) -> None:
         self.chain, self.config, self.seed = chain, config, seed
-        self.floats = list(chain.hidden) if config.pipeline == "omniquant" else None
+        carried = config.pipeline == "omniquant" or (follow and not rounds(config))
+        self.floats = list(chain.hidden) if carried else None
+
+    @property
+    def unquantized(self) -> list[Tensor]:
+        """What the unquantized model's blocks hand on, where it is known (rounding to nearest, ``follow``, omniquant)."""
+        return self.chain.hidden if self.floats is None else self.floats
 
     def convert(self, block: nn.Module, index: int, layers: Mapping[str, nn.Linear]) -> tuple[dict[str, Made], int]:
         """Convert block number ``index`` in place and move the chain behind it: replacements by name, calibration tokens.
@@ -236,7 +243,8 @@ class ChainConverter:
         if self.floats is not None:
             for batch in chain.batches():
                 self.floats[batch] = chain.run(block, index, batch, self.floats[batch])
-            omniquant = self._omniquant(block, index, converter.layers)
+            if self.config.pipeline == "omniquant":
+                omniquant = self._omniquant(block, index, converter.layers)
         made = converter.convert(omniquant) if layers else {}
         for batch in chain.batches():
             chain.hidden[batch] = chain.run(block, index, batch)
