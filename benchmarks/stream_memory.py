@@ -199,7 +199,7 @@ def measure(folder: Path, options: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--csv", type=Path, help="rows of the same pipelines are replaced")
     parser.add_argument("--folder", type=Path, help="where model and work go, and stay; else a temporary folder")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batches", type=int, default=1)
@@ -216,10 +216,19 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             rows = measure(Path(name), options)
     if options.csv:
-        with options.csv.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write(options.csv, rows)
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """Put rows in a CSV, in the place of those of the same pipelines."""
+    kept, measured = [], {row["pipeline"] for row in rows}
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row["pipeline"] not in measured]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*kept, *rows])
 
 
 if __name__ == "__main__":

@@ -32,6 +32,12 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(threads: None) -> None:
+    """The models are tiny: further threads would only wait for each other."""
+    torch.set_num_threads(1)
+
+
 def batches() -> list[Any]:
     """Of three lengths, and one that is padded."""
     mask = torch.ones(1, 24, dtype=torch.int64)

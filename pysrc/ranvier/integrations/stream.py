@@ -139,9 +139,10 @@ def _key(source: Path, config: SpikeConfig, batches: list[Any], seed: int, dtype
 
 
 class _Turning:
-    """Rotates a stream's parts as they come, and sends a few tokens through the blocks as they were and as they became.
+    """Rotates a stream's parts as they come.
 
-    In memory the logits of the whole model are compared; here it is the hidden states behind every block.
+    In memory the logits of the whole model are compared before and after; here each block's outputs, on what a few tokens'
+    embeddings hand to the first.
     """
 
     def __init__(self, model: nn.Module, path: str, seed: int) -> None:
@@ -156,18 +157,9 @@ class _Turning:
 
     def turn(self, block: nn.Module, index: int) -> None:
         """Rotate one block. Raises ValueError where it then does something else."""
-        self.before.hidden[0] = self.before.run(block, index, 0)
+        before = self.before.run(block, index, 0)
         rotate_block(block, self.rotation, index)
-        self.after.hidden[0] = self.after.run(block, index, 0)
-        check_rotated(self.before.hidden[0], self.after.hidden[0], self.rotation, f"block {index}")
-
-    def streams(self) -> dict[str, Tensor]:
-        """What the next blocks go on from."""
-        return {"probe.before": self.before.hidden[0].contiguous(), "probe.after": self.after.hidden[0].contiguous()}
-
-    def take_up(self, streams: Mapping[str, Tensor]) -> None:
-        """Go on behind the blocks that are done."""
-        self.before.hidden[0], self.after.hidden[0] = streams["probe.before"].clone(), streams["probe.after"].clone()
+        check_rotated(before, self.after.run(block, index, 0), self.rotation, f"block {index}")
 
 
 class _Stream:
@@ -234,7 +226,7 @@ class _Stream:
         self._free(self.blocks[0])
         converter = ChainConverter(chain, self.config, self.seed, follow=bool(self.outside))
         if work.blocks:
-            self._take_up(converter, chain, turning, work)
+            self._take_up(converter, chain, work)
         for index in tqdm(range(len(work.blocks), len(self.blocks)), desc="blocks", unit="block"):
             self._convert_block(converter, chain, turning, index, work)
         return self._convert_outside(converter, batches) if self.outside else Conversion()
@@ -254,10 +246,8 @@ class _Stream:
         made = whole.convert(None)
         return Conversion(made, tokens=max(reader.tokens for reader in whole.observer.readers.values()))
 
-    def _take_up(self, converter: ChainConverter, chain: Chain, turning: _Turning | None, work: Work) -> None:
+    def _take_up(self, converter: ChainConverter, chain: Chain, work: Work) -> None:
         streams = work.streams()
-        if turning is not None:
-            turning.take_up(streams)
         for batch in chain.batches():
             chain.hidden[batch] = streams[f"hidden.{batch}"].clone()
             if converter.floats is not None:
@@ -283,7 +273,6 @@ class _Stream:
         tensors = {prefix + name: value.detach().clone() for name, value in block.state_dict().items()}
         streams = {f"hidden.{i}": value.contiguous() for i, value in enumerate(chain.hidden)}
         streams |= {f"floats.{i}": value.contiguous() for i, value in enumerate(converter.floats or [])}
-        streams |= turning.streams() if turning is not None else {}
         work.add({"layers": entries, "tokens": tokens}, tensors, streams)
         for linear in own.values():
             self._free(linear)
