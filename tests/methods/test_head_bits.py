@@ -6,12 +6,14 @@ import warnings
 
 import pytest
 import torch
+from folders import content
 from tiny_lm import logits, tiny_llama, token_batch
 from torch import nn
 
 import ranvier
 from ranvier import SpikeConfig
 from ranvier.integrations import transformers as lm
+from ranvier.integrations.stream import convert_folder
 from ranvier.nn import Int8Linear, SpikingLinear
 
 pytest.importorskip("transformers")
@@ -57,8 +59,10 @@ def test_files(tmp_path, fields: dict) -> None:
     loaded = ranvier.load(tmp_path / "model")
     assert torch.equal(logits(loaded), want) and type(loaded.lm_head) is Int8Linear
     lm.register()
-    plain = tiny_llama(True)
-    plain.save_pretrained(tmp_path / "plain")
+    tiny_llama(True).save_pretrained(tmp_path / "plain")
+    streamed = convert_folder(tmp_path / "plain", tmp_path / "streamed", SpikeConfig(head_bits=8, **fields), CALIBRATION)
+    assert streamed.layers[-1].name == "lm_head" and streamed.skipped == []
+    assert content(tmp_path / "streamed") == content(tmp_path / "model")
     from transformers import AutoModelForCausalLM
 
     given = SpikeConfig(head_bits=8, calibration=CALIBRATION, **fields)

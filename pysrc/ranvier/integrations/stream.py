@@ -18,38 +18,46 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ranvier.config import SpikeConfig
 from ranvier.integrations import folder as folders
 from ranvier.integrations._manifest import CONFIG, GENERATION, LayerEntry, empty_layer, file_facts
-from ranvier.integrations._staging import check_output, naming
+from ranvier.integrations._staging import check_output
+from ranvier.integrations._stream_files import Shards, Work
 from ranvier.integrations.transformers import build_empty, import_transformers
-from ranvier.methods.spikellm.blocks import Chain, capture, find_blocks, replace_modules
+from ranvier.methods.spikellm.blocks import Chain, Positions, capture, find_blocks, replace_modules, run_around
 from ranvier.methods.spikellm.convert import (
     LayerReport,
     SpikeReport,
     check_batches,
     check_supported,
+    convert_head,
     find_linears,
     report_layer,
+    targets,
 )
 from ranvier.methods.spikellm.data import CALIBRATION_TOKENS, calibration_batches
-from ranvier.methods.spikellm.engine import ChainConverter
+from ranvier.methods.spikellm.engine import BlockConverter, ChainConverter, Conversion
+from ranvier.methods.spikellm.rotate import (
+    check_rotated,
+    place_transform,
+    probe_tokens,
+    rotate_block,
+    rotate_outside,
+    rotation_of,
+)
+from ranvier.nn.hadamard import HadamardLinear
 from ranvier.nn.spike_linear import SpikeGroup, check_convertible
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-PROGRESS = "progress.json"
 CPU = torch.device("cpu")
 
 
@@ -70,13 +78,14 @@ def convert_folder(
     stored). Work goes to ``.NAME.ranvier-work`` beside the target: if that holds blocks of the same config, calibration,
     source and seed, they are taken over (``resume``), else it is begun anew. The target appears at the end, whole.
 
-    Raises ValueError for a source that is no such folder or lacks weights, a model whose blocks are no chain, layers to be
-    converted outside its blocks, a rotation (it needs the whole model: use spike_); OSError where it cannot be written.
+    Layers outside the blocks come last, on the inputs that they have in the unquantized model; gptq then carries that
+    model's hidden states along.
+
+    Raises ValueError for a source that is no such folder or lacks weights, a model whose blocks are no chain, one that cannot
+    be rotated where that is asked, omniquant with layers outside the blocks; OSError where it cannot be written.
     """
     config, source, target = SpikeConfig() if config is None else config, Path(source), Path(os.path.realpath(target))
     check_supported(config, "convert_folder")
-    if config.rotate:
-        raise ValueError("convert_folder: rotate=True turns all weights at once; convert in memory with spike_")
     if calibration is None:
         given = config.calibration
         calibration = _text(source, Path(given), tokenizer) if isinstance(given, (str, os.PathLike)) else given
@@ -88,12 +97,12 @@ def convert_folder(
     if not batches:
         raise ValueError("convert_folder: the calibration set is empty; pass at least one batch")
     check_output(target, folders.MANIFEST)
-    weights = _Shards(source, dtype)
-    stream = _Stream(source, config, weights)
-    work = _Work(target.parent / f".{target.name}.ranvier-work", _key(source, config, batches, seed, dtype), resume)
+    weights = Shards(source, dtype)
+    stream = _Stream(source, config, weights, seed)
+    work = Work(target.parent / f".{target.name}.ranvier-work", _key(source, config, batches, seed, dtype), resume)
     with torch.no_grad():
-        stream.convert(batches, work, seed)
-    report = stream.assemble(work)
+        outside = stream.convert(batches, work)
+        report = stream.assemble(work, outside)
     folders.save(stream.model, target, tokenizer)
     work.remove()
     return report
@@ -131,118 +140,53 @@ def _key(source: Path, config: SpikeConfig, batches: list[Any], seed: int, dtype
     return digest.hexdigest()
 
 
-class _Shards:
-    """The tensors of a transformers folder, read one at a time."""
+class _Turning:
+    """Rotates a stream's parts as they come.
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None) -> None:
-        self.folder, self.dtype = folder, dtype
-        if not (folder / CONFIG).is_file():
-            raise ValueError(f"convert_folder: {folder} has no {CONFIG}; pass a transformers folder with safetensors")
-        try:
-            if (folder / INDEX).is_file():
-                files = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            elif (folder / SINGLE).is_file():
-                with safe_open(folder / SINGLE, framework="pt") as file:
-                    files = dict.fromkeys(file.keys(), SINGLE)
-            else:
-                raise ValueError(f"neither {SINGLE} nor {INDEX} is there")
-        except (ValueError, KeyError, OSError, SafetensorError) as error:
-            raise ValueError(f"convert_folder: {folder} holds no readable safetensors: {error}") from error
-        self.files: dict[str, str] = dict(files)
+    In memory the logits of the whole model are compared before and after; here each block's outputs, on what a few tokens'
+    embeddings hand to the first.
+    """
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, copied out of its shard, in the wanted dtype."""
-        try:
-            with safe_open(self.folder / self.files[name], framework="pt") as file:
-                tensor = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"convert_folder: {self.folder / self.files[name]} cannot be read: {error}") from error
-        wanted = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.to(wanted, copy=True)
+    def __init__(self, model: nn.Module, path: str, seed: int) -> None:
+        self.rotation = rotation_of(model, seed)
+        probe = [probe_tokens(model)]
+        before = capture(model, path, probe, CPU)
+        rotate_outside(model, self.rotation)
+        after = capture(model, path, probe, CPU)
+        if before is None or after is None:
+            raise ValueError(f"convert_folder: {path} is no chain of blocks; convert in memory with spike_")
+        self.before, self.after = before, after
 
-
-class _Work:
-    """The work folder: what is done, block files, hidden states. progress.json is replaced as the last step of each block."""
-
-    def __init__(self, folder: Path, key: str, resume: bool) -> None:
-        self.folder, self.state = folder, {"key": key, "blocks": []}
-        path = folder / PROGRESS
-        if path.is_file():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                found = {}
-            if resume and found.get("key") == key:
-                self.state = found
-                return
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._write()
-
-    @property
-    def blocks(self) -> list[dict[str, Any]]:
-        """A record for each block that is done."""
-        return self.state["blocks"]
-
-    def _write(self) -> None:
-        stage = self.folder / f"{PROGRESS}.new"
-        with stage.open("w", encoding="utf-8") as file:
-            json.dump(self.state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(stage, self.folder / PROGRESS)
-
-    def block_path(self, index: int) -> Path:
-        """Where the tensors of a converted block lie."""
-        return self.folder / f"block-{index:05}.safetensors"
-
-    def _streams_path(self, count: int) -> Path:
-        return self.folder / f"hidden-{count:05}.safetensors"
-
-    def streams(self) -> dict[str, Tensor]:
-        """The hidden states behind the blocks that are done."""
-        return load_file(self._streams_path(len(self.blocks)))
-
-    def add(self, record: dict[str, Any], tensors: dict[str, Tensor], streams: dict[str, Tensor]) -> None:
-        """Another block is done. Raises OSError naming the folder where it cannot be written."""
-        with naming(self.folder):
-            self._add(record, tensors, streams)
-
-    def _add(self, record: dict[str, Any], tensors: dict[str, Tensor], streams: dict[str, Tensor]) -> None:
-        index = len(self.blocks)
-        for path, content in ((self.block_path(index), tensors), (self._streams_path(index + 1), streams)):
-            stage = path.with_suffix(".new")
-            save_file(content, stage)
-            with stage.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(stage, path)
-        self.state = {**self.state, "blocks": [*self.blocks, record]}
-        self._write()
-        self._streams_path(index).unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Everything is in the target."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def turn(self, block: nn.Module, index: int) -> None:
+        """Rotate one block. Raises ValueError where it then does something else."""
+        before = self.before.run(block, index, 0)
+        rotate_block(block, self.rotation, index)
+        check_rotated(before, self.after.run(block, index, 0), self.rotation, f"block {index}")
 
 
 class _Stream:
     """A model without weights, whose blocks get theirs one at a time."""
 
-    def __init__(self, source: Path, config: SpikeConfig, weights: _Shards) -> None:
+    def __init__(self, source: Path, config: SpikeConfig, weights: Shards, seed: int) -> None:
         values = json.loads((source / CONFIG).read_text(encoding="utf-8"))
         name = (values.get("architectures") or [""])[0]
-        self.config, self.weights = config, weights
+        self.config, self.weights, self.seed = config, weights, seed
         self.model = build_empty(name, source, None, (source / GENERATION).is_file()).eval()
         self.model.tie_weights()
-        self.layers, self.skipped = find_linears(self.model, config.skip)
-        self.path = find_blocks(self.model, self.layers)
-        outside = [n for n in self.layers if self.path is None or not n.startswith(f"{self.path}.")]
-        if outside:
+        layers, _, self.heads = targets(self.model, config)
+        path = find_blocks(self.model, layers)
+        if path is None:
             raise ValueError(
-                f"convert_folder: {outside[0]} lies outside the model's blocks, which are all that is streamed; put a part"
-                " of its name into config.skip, or convert in memory with spike_"
+                "convert_folder: the model has no list of blocks with linear layers; convert in memory with spike_"
             )
-        for layer_name, layer in self.layers.items():
+        self.path = path
+        self.outside = {name: layer for name, layer in layers.items() if not name.startswith(f"{path}.")}
+        if self.outside and config.pipeline == "omniquant":
+            raise ValueError(
+                f"convert_folder: pipeline='omniquant' trains block by block, and {next(iter(self.outside))} lies in no block;"
+                " skip it, or use pipeline='gptq'"
+            )
+        for layer_name, layer in layers.items():
             if config.group_size and layer.in_features % config.group_size:
                 fault = f"K = {layer.in_features} of {layer_name} is not a multiple of group_size = {config.group_size}"
                 raise ValueError(f"convert_folder: {fault}; choose another group_size or skip this layer")
@@ -273,31 +217,53 @@ class _Stream:
                 held[id(old)] = nn.Parameter(value, False) if isinstance(old, nn.Parameter) else value
             slot.table[slot.key] = held[id(old)]
 
-    def convert(self, batches: list[Any], work: _Work, seed: int) -> None:
-        """Every block that is not done yet."""
+    def convert(self, batches: list[Any], work: Work) -> Conversion:
+        """Every block that is not done yet, which goes to ``work``, and then what is not in blocks, which is returned."""
         self._fill(self.model, "", blocks=False)
         self._fill(self.blocks[0], f"{self.path}.0.", blocks=True)
+        turning = _Turning(self.model, self.path, self.seed) if self.config.rotate else None
         chain = capture(self.model, self.path, batches, CPU)
         if chain is None:
             raise ValueError(f"convert_folder: {self.path} is no chain of blocks; convert in memory with spike_")
         self._free(self.blocks[0])
-        converter = ChainConverter(chain, self.config, seed)
+        converter = ChainConverter(chain, self.config, self.seed, follow=bool(self.outside))
         if work.blocks:
             self._take_up(converter, chain, work)
         for index in tqdm(range(len(work.blocks), len(self.blocks)), desc="blocks", unit="block"):
-            self._convert_block(converter, chain, index, work)
+            self._convert_block(converter, chain, turning, index, work)
+        done = self._convert_outside(converter, batches) if self.outside else Conversion()
+        done.made.update({name: convert_head(name, head) for name, head in self.heads.items()})
+        return done
 
-    def _take_up(self, converter: ChainConverter, chain: Chain, work: _Work) -> None:
+    def _convert_outside(self, converter: ChainConverter, batches: list[Any]) -> Conversion:
+        """Layers before and behind the blocks, on the inputs they have in the unquantized model."""
+        chain, positions = converter.chain, Positions()
+        for name, linear in self.outside.items():
+            check_convertible(f"convert_folder: {name}", linear, self.config)
+
+        def run() -> None:
+            for index, batch in enumerate(tqdm(batches, desc="outside the blocks", unit="batch", leave=False)):
+                positions.real = chain.real[index]
+                run_around(self.model, self.path, chain, batch, converter.unquantized[index], CPU)
+
+        whole = BlockConverter(self.model, self.outside, run, self.config, positions, sequential=False)
+        made = whole.convert(None)
+        return Conversion(made, tokens=max(reader.tokens for reader in whole.observer.readers.values()))
+
+    def _take_up(self, converter: ChainConverter, chain: Chain, work: Work) -> None:
         streams = work.streams()
         for batch in chain.batches():
             chain.hidden[batch] = streams[f"hidden.{batch}"].clone()
             if converter.floats is not None:
                 converter.floats[batch] = streams[f"floats.{batch}"].clone()
 
-    def _convert_block(self, converter: ChainConverter, chain: Chain, index: int, work: _Work) -> None:
+    def _convert_block(self, converter: ChainConverter, chain: Chain, turning: _Turning | None, index: int, work: Work) -> None:
         block, prefix = self.blocks[index], f"{self.path}.{index}."
         self._fill(block, prefix, blocks=True)
-        own = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
+        if turning is not None:
+            turning.turn(block, index)
+        found, _ = find_linears(self.model, self.config.skip)
+        own = {name: layer for name, layer in found.items() if name.startswith(prefix)}
         for name, linear in own.items():
             check_convertible(f"convert_folder: {name}", linear, self.config)
         made, tokens = converter.convert(block, index, own)
@@ -324,16 +290,21 @@ class _Stream:
                 if value is not None and key not in transient:
                     part._buffers[key] = value.to("meta")
 
-    def assemble(self, work: _Work) -> SpikeReport:
-        """The converted layers in the model, their tensors mapped from the work folder; what was done."""
-        reports: list[LayerReport] = []
+    def assemble(self, work: Work, outside: Conversion) -> SpikeReport:
+        """The converted layers in the model, those of blocks mapped from the work folder; what was done."""
+        around = {**self.outside, **self.heads}
+        reports = {name: report_layer(name, around[name], made) for name, made in outside.made.items()}
+        if self.config.rotate:
+            self._place_transforms()
+        _, skipped, _ = targets(self.model, self.config)
+        replace_modules(self.model, {id(around[name]): made.module for name, made in outside.made.items()})
         for index, record in enumerate(work.blocks):
             made, groups = {}, {}
             for item in record["layers"]:
                 entry, report = LayerEntry(**item["entry"]), item["report"]
                 layer = made[entry.name] = empty_layer(entry, self.config)
                 group = tuple(report["group"])
-                reports.append(LayerReport(**{**report, "group": group}))
+                reports[entry.name] = LayerReport(**{**report, "group": group})
                 if len(group) > 1:
                     layer.group = groups.setdefault(group, SpikeGroup())
             replace_modules(self.model, {id(self.model.get_submodule(name)): layer for name, layer in made.items()})
@@ -344,5 +315,12 @@ class _Stream:
             for layer in made.values():
                 if layer.group is not None:
                     layer.salient_mask = layer.group.share(layer.salient_mask)
-        tokens = max((record["tokens"] for record in work.blocks), default=0)
-        return SpikeReport(self.config, reports, self.skipped, tokens)
+        tokens = max([outside.tokens, *(record["tokens"] for record in work.blocks)])
+        in_order = [reports[name] for name, _ in self.model.named_modules() if name in reports]
+        return SpikeReport(self.config, in_order, skipped, tokens)
+
+    def _place_transforms(self) -> None:
+        """In the blocks that were converted before an interruption."""
+        for index, block in enumerate(self.blocks):
+            if not any(isinstance(module, HadamardLinear) for module in block.modules()):
+                place_transform(block, index)

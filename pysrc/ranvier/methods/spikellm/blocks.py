@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,18 +15,56 @@ from tqdm import tqdm
 from ranvier.methods.spikellm.data import check_batch
 
 
+def real_positions(batch: Any) -> Tensor | None:
+    """Where a calibration batch is text: bool [B, L], False where its ``attention_mask`` [B, L] is 0.
+
+    None where everything is: no mask, one without zeros, or one of another form (per query and key), which says of no
+    position that it is padding.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    real = mask != 0
+    return None if bool(real.all()) else real
+
+
+def real_rows(x: Tensor, real: Tensor | None) -> Tensor:
+    """x [..., K] as rows [M, K], without those of padding.
+
+    real: of :func:`real_positions`. A tensor that is not laid out by batch and position (what reaches an expert) has no
+    padding that could be told, and all of its rows are given.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if real is None or (x.shape[:-1] != real.shape and (x.ndim != 2 or x.shape[0] != real.numel())):
+        return rows
+    return rows[real.reshape(-1).to(x.device)]
+
+
+@dataclass
+class Positions:
+    """Which positions of the batch that is running count (``real_positions``): who runs batches says it to who watches."""
+
+    real: Tensor | None = None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """:func:`real_rows` of what is running."""
+        return real_rows(x, self.real)
+
+
 @dataclass
 class Chain:
     """Calibration batches on their way through a model's blocks.
 
     hidden: what goes into the next block, one tensor a batch. arguments: for every block and batch the keyword arguments
     beside it (masks, position embeddings); tensors that blocks have in common are one object. name: the parameter that
-    takes the hidden states.
+    takes the hidden states. real: :func:`real_positions` of each batch. wrap: hidden states in the form that blocks return.
     """
 
     hidden: list[Tensor]
     arguments: list[list[dict[str, Any]]]
     names: list[str] = field(default_factory=list)
+    real: list[Tensor | None] = field(default_factory=list)
+    wrap: Callable[[Tensor], Any] = lambda hidden: hidden
 
     def run(self, block: nn.Module, index: int, batch: int, hidden: Tensor | None = None) -> Tensor:
         """What block number ``index`` makes of one batch (or of other hidden states in its place)."""
@@ -120,8 +158,7 @@ class _Recorder:
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         self.blocks, self.chain = blocks, Chain([], [[] for _ in blocks], [""] * len(blocks))
-        self._form: Any = None
-        self._known: dict[int, Tensor] = {}
+        self._known = False
         self._at, self._passed = 0, None
 
     def begin(self) -> None:
@@ -135,14 +172,17 @@ class _Recorder:
             raise _NoChain
         if index == 0:
             self.chain.hidden.append(hidden)
-            if self._form is None:
-                self._form = real(*args, **kwargs)
+            if not self._known:
+                self._known, output = True, real(*args, **kwargs)
+                if not isinstance(output, Tensor):
+                    kind, rest = type(output), output[1:]
+                    self.chain.wrap = lambda hidden: kind((hidden, *rest))
         self.chain.names[index] = name
         self.chain.arguments[index].append(given)
         self._at, self._passed = index + 1, hidden
         if index + 1 == len(self.blocks):
             raise _Captured
-        return hidden if isinstance(self._form, Tensor) else type(self._form)((hidden, *self._form[1:]))
+        return self.chain.wrap(hidden)
 
 
 def check_module(op: str, model: Any) -> None:
@@ -187,6 +227,7 @@ def capture(model: nn.Module, path: str, batches: Iterable[Any], device: torch.d
     with torch.no_grad(), without_cache(model), _standing_in(blocks, recorder):
         for batch in tqdm(batches, desc="embedding", unit="batch", leave=False):
             recorder.begin()
+            recorder.chain.real.append(real_positions(batch))
             try:
                 call_model(model, batch, device)
             except _Captured:
@@ -195,3 +236,14 @@ def capture(model: nn.Module, path: str, batches: Iterable[Any], device: torch.d
                 return None
             return None  # the model came to its end without calling every block
     return recorder.chain
+
+
+def run_around(model: nn.Module, path: str, chain: Chain, batch: Any, last: Tensor, device: torch.device) -> None:
+    """A batch through all of a model but its blocks: what follows them reads ``last`` in place of the last one's output."""
+    blocks = list(model.get_submodule(path))
+
+    def stand_in(index: int, real: Any, args: tuple, kwargs: dict) -> Any:
+        return chain.wrap(last if index + 1 == len(blocks) else _bound(blocks[index], args, kwargs)[1])
+
+    with _standing_in(blocks, stand_in):
+        call_model(model, batch, device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ranvier.config import SpikeConfig
-from ranvier.methods.spikellm.blocks import call_model, check_module, replace_modules
+from ranvier.methods.spikellm.blocks import Positions, call_model, check_module, real_positions, replace_modules
 from ranvier.methods.spikellm.data import own_calibration
 from ranvier.methods.spikellm.engine import (
     Conversion,
@@ -126,7 +126,7 @@ def output_layer(model: nn.Module) -> tuple[str, nn.Linear]:
     return name, head
 
 
-def _targets(model: nn.Module, config: SpikeConfig) -> tuple[dict[str, nn.Linear], list[str], dict[str, nn.Linear]]:
+def targets(model: nn.Module, config: SpikeConfig) -> tuple[dict[str, nn.Linear], list[str], dict[str, nn.Linear]]:
     """The layers to convert by ``config``, the names of those left out, and the output layer where it has its own bits."""
     layers, skipped = find_linears(model, config.skip)
     if config.head_bits is None:
@@ -142,11 +142,12 @@ def convert_head(name: str, head: nn.Linear) -> Made:
     return Made(layer, (name,), weight_error(head, layer))
 
 
-def _run_calibration(model: nn.Module, calibration: Iterable[Any]) -> int:
-    """Runs every batch; returns how many there were."""
+def _run_calibration(model: nn.Module, calibration: Iterable[Any], positions: Positions) -> int:
+    """Runs every batch, saying which of its positions count; returns how many batches there were."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     count = 0
     for batch in tqdm(calibration, desc="saliency", unit="batch", leave=False):
+        positions.real = real_positions(batch)
         call_model(model, batch, device)
         count += 1
     return count
@@ -160,9 +161,10 @@ def _observe(model: nn.Module, layers: dict[str, nn.Linear], config: SpikeConfig
             )
         return SaliencyObserver(layers, score=False)
     check_batches(calibration)
-    observer = SaliencyObserver(layers, score=config.salient_share not in (0.0, 1.0))
+    positions = Positions()
+    observer = SaliencyObserver(layers, config.salient_share not in (0.0, 1.0), positions)
     with evaluating(model), observer:
-        batches = _run_calibration(model, calibration)
+        batches = _run_calibration(model, calibration, positions)
     if batches == 0:
         raise ValueError("spike_: the calibration set is empty; pass at least one batch")
     if config.salient_share in (0.0, 1.0):
@@ -249,7 +251,8 @@ def spike_(
 
     calibration: an iterable of input-id tensors or of dicts of keyword arguments for ``model``; None takes
     ``config.calibration``, batches too or the path of a text file. It may be None in both where nothing is measured: round
-    to nearest with ``config.salient`` 0 or 1. Layers that are handed the very same tensor (q, k and v; gate and up) share
+    to nearest with ``config.salient`` 0 or 1. Padding is left out of everything that is measured or fitted: positions where a
+    batch's ``attention_mask`` [B, L] is 0. Layers that are handed the very same tensor (q, k and v; gate and up) share
     one mask and, in eager mode, one encoding.
 
     ``config.pipeline="rtn"`` runs each batch once through the model as it is, adding up the saliency of every channel, and
@@ -275,14 +278,14 @@ def spike_(
     if calibration is None and config.calibration is not None:
         calibration = own_calibration(model, config.calibration)
     config = replace(config, calibration=None)  # the layers keep their config, and an iterator cannot be copied or saved
-    layers, skipped, heads = _targets(model, config)
+    layers, skipped, heads = targets(model, config)
     if not layers:
         left = f" outside {', '.join(config.skip)}" if skipped else ""
         raise ValueError(f"spike_: {type(model).__name__} has no nn.Linear layer{left}; there is nothing to convert")
     for name, linear in {**layers, **heads}.items():
         check_convertible(f"spike_: {name}", linear, Int8Linear.default_config() if name in heads else config)
     with rotated(model, seed) if config.rotate else contextlib.nullcontext():
-        layers, skipped, heads = _targets(model, config)
+        layers, skipped, heads = targets(model, config)
         done = _converted(model, layers, config, calibration, seed)
         done.made.update({name: convert_head(name, head) for name, head in heads.items()})
         layers = {**layers, **heads}

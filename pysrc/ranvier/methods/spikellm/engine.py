@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ranvier.config import SpikeConfig
-from ranvier.methods.spikellm.blocks import Chain, call_model, capture, find_blocks, replace_modules
+from ranvier.methods.spikellm.blocks import (
+    Chain,
+    Positions,
+    call_model,
+    capture,
+    find_blocks,
+    real_positions,
+    replace_modules,
+)
 from ranvier.methods.spikellm.gptq import quantize_gptq
 from ranvier.methods.spikellm.grams import GramObserver, layer_class
 from ranvier.methods.spikellm.saliency import SaliencyObserver, salient_mask, weight_saliency
@@ -91,12 +99,15 @@ class BlockConverter:
 
     def __init__(
         self, block: nn.Module, layers: Mapping[str, nn.Linear], run: Callable[[], None], config: SpikeConfig,
-        sequential: bool = True,
+        positions: Positions, sequential: bool = True,
     ) -> None:  # fmt: skip
-        """run() sends all batches through the block as it then is. sequential: later layers see what earlier ones became."""
+        """run() sends all batches through the block as it then is, and says in ``positions`` which of each count.
+
+        sequential: later layers see what earlier ones became.
+        """
         self.block, self.layers, self.run, self.config = block, dict(layers), run, config
-        self.sequential = sequential
-        self.observer = SaliencyObserver(self.layers, score=self._scores_inputs)
+        self.positions, self.sequential = positions, sequential
+        self.observer = SaliencyObserver(self.layers, self._scores_inputs, positions)
 
     @property
     def _scores_inputs(self) -> bool:
@@ -140,14 +151,16 @@ class BlockConverter:
             masks = {name: torch.zeros_like(layer.weight[0], dtype=torch.bool) for name, layer in leads.items()}
         else:
             masks = {names[0]: self._mask(names, None) for names in groups}
-        with GramObserver(leads, masks, self.config) as grams:
+        with GramObserver(leads, masks, self.config, self.positions) as grams:
             self.run()
         made: dict[str, Made] = {}
         for names in groups:
-            hessian = grams.hessians.pop(names[0])
-            mask = self._mask(names, hessian) if second_order else masks[names[0]]
+            mask = self._mask(names, grams.hessians[names[0]]) if second_order else masks[names[0]]
             for name in names:
-                made[name] = self._made(quantized_layer(self.layers[name], self.config, mask, hessian), name, names)
+                last = name == names[-1]  # it may work on the matrix itself, and nothing here holds it any more
+                take = grams.hessians.pop if last else grams.hessians.get
+                layer = quantized_layer(self.layers[name], self.config, mask, take(names[0]), overwrite=last)
+                made[name] = self._made(layer, name, names)
         join(made)
         if self.sequential:
             self.place(made)
@@ -176,8 +189,10 @@ class BlockConverter:
         replace_modules(self.block, {id(self.layers[name]): layer.module for name, layer in made.items()})
 
 
-def quantized_layer(linear: nn.Linear, config: SpikeConfig, mask: Tensor, hessian: Tensor) -> SpikingLinear:
-    """One layer by the config's pipeline, rtn or gptq, on X^^T X^ of its inputs."""
+def quantized_layer(
+    linear: nn.Linear, config: SpikeConfig, mask: Tensor, hessian: Tensor, *, overwrite: bool = False
+) -> SpikingLinear:
+    """One layer by the config's pipeline, rtn or gptq, on X^^T X^ of its inputs; ``overwrite``: these may be lost."""
     cls = layer_class(config)
     if config.pipeline == "rtn":
         return cls.from_linear(linear, config, mask)
@@ -185,10 +200,11 @@ def quantized_layer(linear: nn.Linear, config: SpikeConfig, mask: Tensor, hessia
     if config.weight_bits == 2:
         from ranvier.methods.spikellm.spike_grid import quantize_spikes
 
-        codes = quantize_spikes(weight, hessian, mask, config)
+        codes = quantize_spikes(weight, hessian, mask, config, overwrite=overwrite)
     else:
         form = cls(linear.in_features, 1, False, config, int(mask.sum()), "meta").format
-        codes = quantize_gptq(weight, hessian, mask, form)
+        codes = quantize_gptq(weight, hessian, mask, form, overwrite=overwrite)
+    del hessian, weight  # the largest there are, and packing needs its own
     return cls.from_quantized(linear=linear, config=config, salient_mask=mask, **codes._asdict())
 
 
@@ -196,30 +212,39 @@ class ChainConverter:
     """Sends a chain of hidden states through blocks, converting each as it comes: one block is held at a time.
 
     Plain rounding measures saliency on the unquantized model; the other pipelines go on with the converted block's outputs.
-    ``floats`` are the hidden states of the unquantized model, carried along where a pipeline fits a block's output to them.
+    ``floats`` are the hidden states of the unquantized model, carried along where a pipeline fits a block's output to them,
+    and where ``follow`` says that they are wanted behind the last block.
     """
 
-    def __init__(self, chain: Chain, config: SpikeConfig, seed: int) -> None:
+    def __init__(self, chain: Chain, config: SpikeConfig, seed: int, follow: bool = False) -> None:
         self.chain, self.config, self.seed = chain, config, seed
-        self.floats = list(chain.hidden) if config.pipeline == "omniquant" else None
+        carried = config.pipeline == "omniquant" or (follow and not rounds(config))
+        self.floats = list(chain.hidden) if carried else None
+
+    @property
+    def unquantized(self) -> list[Tensor]:
+        """What the unquantized model's blocks hand on, where it is known (rounding to nearest, ``follow``, omniquant)."""
+        return self.chain.hidden if self.floats is None else self.floats
 
     def convert(self, block: nn.Module, index: int, layers: Mapping[str, nn.Linear]) -> tuple[dict[str, Made], int]:
         """Convert block number ``index`` in place and move the chain behind it: replacements by name, calibration tokens.
 
         layers: the block's own linear layers by their names in the model.
         """
-        chain = self.chain
+        chain, positions = self.chain, Positions()
 
         def run() -> None:
             for batch in chain.batches():
+                positions.real = chain.real[batch]
                 chain.run(block, index, batch)
 
-        converter = BlockConverter(block, layers, run, self.config)
+        converter = BlockConverter(block, layers, run, self.config, positions)
         omniquant = None
         if self.floats is not None:
             for batch in chain.batches():
                 self.floats[batch] = chain.run(block, index, batch, self.floats[batch])
-            omniquant = self._omniquant(block, index, converter.layers)
+            if self.config.pipeline == "omniquant":
+                omniquant = self._omniquant(block, index, converter.layers)
         made = converter.convert(omniquant) if layers else {}
         for batch in chain.batches():
             chain.hidden[batch] = chain.run(block, index, batch)
@@ -240,7 +265,8 @@ class ChainConverter:
                 bar.update(1)
 
             with bar, torch.enable_grad():
-                return omniquant_block(block, layers, groups, masks, inputs, self.floats, self.config, self.seed, progress)
+                given = (block, layers, groups, masks, inputs, self.floats, self.config, self.seed, progress)
+                return omniquant_block(*given, real=chain.real)
 
         return fit
 
@@ -277,12 +303,14 @@ def convert_blocks(
             _convert_copy(converter, block, index, begin, own, result)
     outside = {name: layer for name, layer in layers.items() if name not in inside}
     if outside:
+        positions = Positions()
 
         def run() -> None:
             for batch in tqdm(batches, desc="whole model", unit="batch", leave=False):
+                positions.real = real_positions(batch)
                 call_model(model, batch, device)
 
-        whole = BlockConverter(model, outside, run, config, sequential=False)
+        whole = BlockConverter(model, outside, run, config, positions, sequential=False)
         result.made.update(whole.convert(None))
         result.tokens = max(result.tokens, *(reader.tokens for reader in whole.observer.readers.values()))
     result.made = {name: result.made[name] for name in layers}

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ranvier.methods.spikellm._square import all_finite, cholesky_into, permute_, reverse_
 from ranvier.ops.spike_encode import SpikeFormat
 from ranvier.reference.spike_encode import channel_order
 from ranvier.reference.spike_linear import WEIGHT_TOP, Quantized, group_index
@@ -95,30 +96,32 @@ class UniformGrid:
         return q.to(torch.uint8), (q - zero).mul_(scale)
 
 
-def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
+def inverse_factor(hessian: Tensor, percdamp: float, order: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
     """U, upper triangular, with U^T U = (H + lambda I)^-1; lambda is ``percdamp`` of the mean of H's diagonal.
 
     lambda grows tenfold until the sum is positive definite to the precision of its dtype. Raises ValueError for a Hessian
-    that is not finite. H [K, K].
+    that is not finite. H [K, K], its channels taken in ``order`` (int64 [K]; None: as they are).
+
+    Two matrices [K, K] are held at a time beside H itself. overwrite: H is one of the two, and its values are lost.
     """
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
-    if not bool(hessian.isfinite().all()):
+    work = hessian.contiguous() if overwrite else hessian.clone(memory_format=torch.contiguous_format)
+    if order is not None:
+        permute_(work, order)
+    mean = work.diagonal().mean()
+    if not all_finite(work):
         raise ValueError("gptq: the Hessian has NaN or Inf; the calibration inputs are not finite")
-    damp = percdamp
+    # With the order of channels reversed the factor of H is upper triangular: H = R R^T, and U = R^-1.
+    diagonal, lower = reverse_(work).diagonal(), torch.empty_like(work).T
+    plain, damp = diagonal.clone(), percdamp
     while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damp * mean)
-        # With the order of channels reversed the factor of H is upper triangular: H = R R^T, and U = R^-1.
-        lower, fault = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not bool(fault):
+        diagonal.copy_(plain).add_(damp * mean)
+        if cholesky_into(work, lower):
             break
         if damp >= MAX_DAMP:
             raise ValueError(f"gptq: the Hessian is not positive definite, not even with {damp:g} of its mean diagonal added")
         damp = max(10 * damp, 1e-6)
-    upper = lower.flip(0, 1)
-    eye = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
-    return torch.linalg.solve_triangular(upper, eye, upper=True)
+    eye = work.zero_().fill_diagonal_(1.0).T
+    return torch.linalg.solve_triangular(reverse_(lower), eye, upper=True, out=eye)
 
 
 def gptq(
@@ -131,13 +134,15 @@ def gptq(
     act_order: bool = True,
     static: bool | None = None,
     dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
 ) -> Tensor:
     """Codes of a weight [N, K] on a grid: uint8 [N, K], channels as in weight; the grid's tables are fitted on the way.
 
     hessian: X^T X [K, K] of the layer's inputs, by any factor. A channel whose diagonal is 0 never had an input: its column
     is rounded to nearest. act_order: channels with the largest diagonal first. static: levels are fitted to the weights as
     given, before the first column; else to what the columns before have made of them, when a group's first column is
-    reached; None is static where act_order mixes the groups. dtype: float32, or float64.
+    reached; None is static where act_order mixes the groups. dtype: float32, or float64. overwrite: a contiguous Hessian of
+    this dtype is worked on in place and its values are lost: two matrices [K, K] are held in all, else three.
 
     Raises ValueError for shapes that do not belong together or values that are not finite.
     """
@@ -145,18 +150,19 @@ def gptq(
     if tuple(hessian.shape) != (channels, channels) or block < 1 or percdamp < 0:
         got = f"weight {list(weight.shape)}, hessian {list(hessian.shape)}, block={block}, percdamp={percdamp}"
         raise ValueError(f"gptq: {got}; the hessian must be [K, K], block at least 1 and percdamp at least 0")
-    hessian = hessian.to(dtype, copy=True)
+    hessian = hessian.to(dtype, copy=not overwrite)
     importance = hessian.diagonal().clone()
     dead = importance <= 0
     hessian.diagonal()[dead] = importance.mean().clamp(min=torch.finfo(dtype).tiny) if bool((~dead).any()) else 1.0
     order = (
         torch.argsort(importance, descending=True, stable=True) if act_order else torch.arange(channels, device=weight.device)
     )
-    upper = inverse_factor(hessian[order][:, order], percdamp)
+    # Before the factor, so that its memory and that of the trials are not held together.
+    fitted = _fit_all(weight.detach().to(dtype), importance, grid) if (act_order if static is None else static) else set()
+    upper = inverse_factor(hessian, percdamp, order if act_order else None, overwrite=True)
     columns = weight.detach().to(dtype).T[order].contiguous()  # a column of the weight is a row here, and contiguous
     codes = torch.empty((channels, rows), dtype=torch.uint8, device=weight.device)
     sequence, groups = order.tolist(), grid.groups.to(weight.device)[order]
-    fitted = _fit_all(weight.detach().to(dtype), importance, grid) if (act_order if static is None else static) else set()
     for start, stop in _pieces(groups.tolist(), block, fitted):
         if (group := int(groups[start])) not in fitted:
             fitted.add(group)
@@ -192,11 +198,12 @@ def _pieces(groups: list[int], block: int, fitted: set[int]) -> list[tuple[int, 
     return list(zip(starts, [*starts[1:], len(groups)], strict=True))
 
 
-def quantize_gptq(weight: Tensor, hessian: Tensor, mask: Tensor, form: SpikeFormat) -> Quantized:
+def quantize_gptq(weight: Tensor, hessian: Tensor, mask: Tensor, form: SpikeFormat, *, overwrite: bool = False) -> Quantized:
     """GPTQ on the 4-bit grids of a layer's format: codes as ``SpikingLinear.from_quantized`` takes them.
 
-    weight float [N, K], hessian [K, K], mask of salient channels bool [K]. Ranges of a row are fitted apart.
+    weight float [N, K], hessian [K, K], mask of salient channels bool [K]. Ranges of a row are fitted apart. overwrite as
+    for :func:`gptq`.
     """
     order = channel_order(mask) if len(form.lengths) == 2 else torch.arange(weight.shape[1], device=weight.device)
     grid = UniformGrid(weight.shape[0], form.lengths, form.group_size or None, order)
-    return Quantized(gptq(weight, hessian, grid), grid.scale, grid.zero)
+    return Quantized(gptq(weight, hessian, grid, overwrite=overwrite), grid.scale, grid.zero)

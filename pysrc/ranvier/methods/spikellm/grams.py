@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ranvier.config import SpikeConfig
+from ranvier.methods.spikellm.blocks import Positions
 from ranvier.nn.spike_linear import SpikingLinear
 
 
@@ -32,10 +33,14 @@ def encoder(channels: int, mask: Tensor, config: SpikeConfig) -> SpikingLinear:
 class GramObserver:
     """Adds up X^^T X^ over tokens, float32 [K, K] a layer, while a model runs; a context manager.
 
-    X^ is what a layer's spike codes stand for, its own inputs where ``config.act_bits`` is None.
+    X^ is what a layer's spike codes stand for, its own inputs where ``config.act_bits`` is None. positions: which of a
+    batch's positions count, as whoever runs it says; None: all.
     """
 
-    def __init__(self, layers: dict[str, nn.Linear], masks: dict[str, Tensor], config: SpikeConfig) -> None:
+    def __init__(
+        self, layers: dict[str, nn.Linear], masks: dict[str, Tensor], config: SpikeConfig, positions: Positions | None = None
+    ) -> None:
+        self._positions = positions or Positions()
         self.hessians: dict[str, Tensor] = {}
         self._layers, self._encoders, self._handles = layers, {}, []
         for name, layer in layers.items():
@@ -57,7 +62,7 @@ class GramObserver:
         self._handles = []
 
     def _observe(self, name: str, x: Tensor) -> None:
-        flat = x.detach().reshape(-1, x.shape[-1])
+        flat = self._positions.rows(x.detach())
         if flat.shape[0]:
             seen = self._encoders[name].dequantized_input(flat).float()
             self.hessians[name].addmm_(seen.T, seen)

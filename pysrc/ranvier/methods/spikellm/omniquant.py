@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from ranvier.config import SpikeConfig
+from ranvier.methods.spikellm.blocks import real_rows
 from ranvier.methods.spikellm.equivalent import Pair, PairFinder, hooked, initial_scales, storable, transformed
 from ranvier.methods.spikellm.fake_quant import (
     Quantized,
@@ -136,6 +137,7 @@ class SimulatedBlock:
             self.forms[name], self.layouts[name] = None if weight_only else form, weight_layout(form, self.masks[name])
         self.quantizing = True
         self.reading: dict[str, _Seen] | None = None
+        self.real: Tensor | None = None  # positions of what is read that count
         self._last: tuple | None = None
 
     @contextmanager
@@ -157,8 +159,8 @@ class SimulatedBlock:
 
     def _read(self, name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         x = args[0] if args else kwargs["input"]
-        if self.reading is not None and x.numel():
-            self.reading.setdefault(name, _Seen()).add(x.detach().reshape(-1, x.shape[-1]))
+        if self.reading is not None and (rows := real_rows(x.detach(), self.real)).numel():
+            self.reading.setdefault(name, _Seen()).add(rows)
         form = self.forms[name]
         if not self.quantizing or form is None:
             return None
@@ -196,9 +198,12 @@ class SimulatedBlock:
 
 
 class _Trainer:
-    def __init__(self, block: SimulatedBlock, items: list, targets: list[Tensor], options: OmniquantOptions, seed: int) -> None:
-        self.block, self.items, self.targets, self.options = block, items, targets, options
-        squares = [block.cast(t).square().mean(-1, keepdim=True) for t in targets]
+    def __init__(
+        self, block: SimulatedBlock, items: list, targets: list[Tensor], real: list[Tensor | None],
+        options: OmniquantOptions, seed: int,
+    ) -> None:  # fmt: skip
+        self.block, self.items, self.targets, self.real, self.options = block, items, targets, real, options
+        squares = [real_rows(block.cast(t), r).square().mean(-1, keepdim=True) for t, r in zip(targets, real, strict=True)]
         mean = max(sum(float(s.mean()) for s in squares) / len(squares), torch.finfo(torch.float32).tiny)
         # A token of nothing must not count without bound.
         self.sizes = [s.clamp(min=TOKEN_FLOOR * mean) if options.per_token else torch.full_like(s, mean) for s in squares]
@@ -206,7 +211,7 @@ class _Trainer:
         self.pairs: list[Pair] = []
         with torch.no_grad():
             block.reading = {}
-            for item in items:
+            for item, block.real in zip(items, real, strict=True):
                 block.run(item, {}, quantizing=False)
             self.seen, block.reading = block.reading, None
             if options.let:
@@ -218,8 +223,8 @@ class _Trainer:
 
     def loss(self, i: int, tensors: Mapping[str, Tensor]) -> Tensor:
         """Of input i, with these parameters; its scale is near 1 for any block, as AdamW's epsilon wants it."""
-        output = self.block.run(self.items[i], tensors)
-        return ((output - self.block.cast(self.targets[i])).square() / self.sizes[i]).mean()
+        output, target = self.block.run(self.items[i], tensors), self.block.cast(self.targets[i])
+        return (real_rows(output - target, self.real[i]).square() / self.sizes[i]).mean()
 
     @torch.no_grad()
     def evaluate(self, candidate: Candidate, count: int | None = None) -> float:
@@ -314,15 +319,22 @@ def _check(
 
 def fit_block(
     block: SimulatedBlock, inputs: list, targets: list[Tensor], seed: int, progress: Callable | None = None,
-    options: OmniquantOptions | None = None,
+    options: OmniquantOptions | None = None, real: list[Tensor | None] | None = None,
 ) -> Fit:  # fmt: skip
     """The best point seen, by the loss over all inputs: rounding to nearest, the starts, and the end of every epoch.
+
+    real: for each input the positions that count, bool, or None for all; an input without any is left out.
 
     Raises ValueError where the loss of rounding to nearest is not finite.
     """
     options = options or OPTIONS
     with torch.inference_mode(False), torch.enable_grad(), block.watched():
-        trainer = _Trainer(block, inputs, targets, options, seed)
+        kept = real or [None] * len(inputs)
+        counting = [i for i, positions in enumerate(kept) if positions is None or bool(positions.any())]
+        if not counting:
+            raise ValueError("omniquant_block: every position of every input is padding; pass inputs with text")
+        chosen = ([values[i] for i in counting] for values in (inputs, targets, kept))
+        trainer = _Trainer(block, *chosen, options, seed)
         best = Candidate(None, {})
         least = rtn_loss = trainer.evaluate(best)
         if not math.isfinite(rtn_loss):
@@ -358,12 +370,15 @@ def omniquant_block(
     config: SpikeConfig,
     seed: int,
     progress: Callable[[int, int, float], None] | None = None,
+    *,
+    real: list[Tensor | None] | None = None,
 ) -> dict[str, Quantized]:
     """Learn clipping and transform of one decoder block, fold the transform into it and return its weights' codes.
 
     block(x, **kwargs) gives the hidden states, or a tuple that begins with them; inputs are (x, kwargs), without a cache.
     targets: what the block should give. linears: layers of the block by name; groups: names that read one tensor; masks:
-    salient channels, bool [K]. progress(epoch, epochs, loss) is called after each epoch. Settings: :data:`OPTIONS`.
+    salient channels, bool [K]. progress(epoch, epochs, loss) is called after each epoch. real: for each input the positions
+    that count, bool [B, L]; None for all. Settings: :data:`OPTIONS`.
 
     The result is never worse than rounding to nearest without a transform, by the loss over all inputs; it is the same for
     the same seed. The block's norms, weights and biases are scaled in place at the very end; on failure it is as it was.
@@ -371,7 +386,7 @@ def omniquant_block(
     """
     _check(block, linears, masks, inputs, targets, config)
     simulated = SimulatedBlock(block, linears, groups, masks, config)
-    fit = fit_block(simulated, inputs, targets, seed, progress)
+    fit = fit_block(simulated, inputs, targets, seed, progress, real=real)
     with torch.no_grad():
         changed = simulated.changed(fit.pairs, fit.best.scales)
         result = {}

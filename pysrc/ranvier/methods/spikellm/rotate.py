@@ -209,6 +209,22 @@ def _untie(model: nn.Module, edits: Edits) -> bool:
     return tied
 
 
+@torch.no_grad()
+def rotate_outside(model: nn.Module, rotation: Rotation) -> bool:
+    """What is not in blocks, in place, all or nothing: embeddings, final norm and lm_head, which is untied.
+
+    The blocks may be on the meta device; :func:`rotate_block` does them one by one. Returns whether lm_head was tied.
+    Raises ValueError as :func:`rotate_`.
+    """
+    decoder, edits = Decoder(model), Edits()
+    for embedding in decoder.embeddings:
+        edits.extend(_fold_embedding(embedding, rotation))
+    edits.extend(_fold_head(decoder.norm, decoder.head, rotation))
+    tied = _untie(model, edits)
+    edits.apply()
+    return tied
+
+
 def untie(model: nn.Module) -> bool:
     """Give lm_head a weight of its own and say so in the configuration; returns whether it was tied."""
     edits = Edits()
@@ -219,12 +235,27 @@ def untie(model: nn.Module) -> bool:
     return tied
 
 
-def _probe(model: nn.Module, vocabulary: int) -> Tensor:
-    device = model.lm_head.weight.device
-    ids = (torch.arange(PROBE_TOKENS, device=device) * 7919 % vocabulary)[None]
+def probe_tokens(model: nn.Module) -> Tensor:
+    """A few token ids of this model's vocabulary: int64 [1, 16]."""
+    head, vocabulary = model.lm_head.weight, Decoder(model).embeddings[0].weight.shape[0]
+    return (torch.arange(PROBE_TOKENS, device=head.device) * 7919 % vocabulary)[None]
+
+
+def _probe(model: nn.Module) -> Tensor:
     with evaluating(model):
-        output = model(ids)
+        output = model(probe_tokens(model))
     return (output if isinstance(output, Tensor) else output.logits).double()
+
+
+def check_rotated(before: Tensor, after: Tensor, rotation: Rotation, where: str) -> None:
+    """Raises ValueError unless hidden states [..., width] of a rotated model are x Q of those before, to sqrt(eps)."""
+    truth, allowed = rotation.inputs(before.double()), torch.finfo(before.dtype).eps ** 0.5
+    error = float((after.double() - truth).norm() / truth.norm().clamp_min(1e-30))
+    if not error <= allowed:
+        raise ValueError(
+            f"rotate_: the hidden states behind {where} changed by {error:.2e} (allowed {allowed:.1e}): it works on them in a"
+            " way that is not known here"
+        )
 
 
 def _folded(decoder: Decoder, rotation: Rotation, online: bool, heads: bool) -> Iterator[Edits]:
@@ -247,11 +278,11 @@ def _rotate(model: nn.Module, seed: int, online: bool, heads: bool) -> tuple[Rot
     first = Block(decoder.layers[0], "block 0")
     head_order = hadamard_order(first.head_width()) if heads else None
     inner = (first.down.in_features, hadamard_order(first.down.in_features)) if online else (None, None)
-    vocabulary, allowed = decoder.embeddings[0].weight.shape[0], torch.finfo(decoder.head.weight.dtype).eps ** 0.5
-    before = _probe(model, vocabulary)
+    allowed = torch.finfo(decoder.head.weight.dtype).eps ** 0.5
+    before = _probe(model)
     edits.apply()
     try:
-        error = float((_probe(model, vocabulary) - before).norm() / before.norm().clamp_min(1e-30))
+        error = float((_probe(model) - before).norm() / before.norm().clamp_min(1e-30))
         if not error <= allowed:
             raise ValueError(
                 f"rotate_: the logits of {type(model).__name__} changed by {error:.2e} (allowed {allowed:.1e}): it connects"
@@ -291,6 +322,21 @@ def rotated(model: nn.Module, seed: int = 0, *, online: bool = True, heads: bool
         raise
 
 
+def _place(block: nn.Module, index: int, edits: Edits) -> None:
+    holder, name = down_place(block, f"block {index}")
+    down = getattr(holder, name, None)
+    if not isinstance(down, nn.Module) or isinstance(down, HadamardLinear):
+        raise ValueError(f"place_transforms: block {index} has {type(down).__name__} for {name}; pass a plain model")
+    edits.put(holder._modules, name, HadamardLinear(Hadamard(down.in_features), down).train(down.training))
+
+
+def place_transform(block: nn.Module, index: int) -> None:
+    """Put the transform where :func:`rotate_block` puts it, weights as they are. Raises ValueError as it does."""
+    edits = Edits()
+    _place(block, index, edits)
+    edits.apply()
+
+
 def place_transforms(model: nn.Module) -> None:
     """Put the transforms where :func:`rotate_` puts them and untie lm_head, weights as they are (meta ones too).
 
@@ -298,11 +344,7 @@ def place_transforms(model: nn.Module) -> None:
     """
     edits = Edits()
     for index, block in enumerate(Decoder(model).layers):
-        holder, name = down_place(block, f"block {index}")
-        down = getattr(holder, name, None)
-        if not isinstance(down, nn.Module) or isinstance(down, HadamardLinear):
-            raise ValueError(f"place_transforms: block {index} has {type(down).__name__} for {name}; pass a plain model")
-        edits.put(holder._modules, name, HadamardLinear(Hadamard(down.in_features), down).train(down.training))
+        _place(block, index, edits)
     if _untie(model, edits):
         edits.put(model.lm_head._parameters, "weight", nn.Parameter(model.lm_head.weight.detach().clone()))
     edits.apply()

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ranvier.methods.spikellm._square import all_finite, cholesky_into, reverse_
+from ranvier.methods.spikellm.blocks import Positions
+
 
 def salient_channels(channels: int, share: float) -> int:
     """How many of K channels are salient where no scores tie: K - int((1 - share) K)."""
@@ -75,17 +78,17 @@ def weight_saliency(weight: Tensor, hessian: Tensor, damp: float = 0.01) -> Tens
         raise ValueError(f"weight_saliency: got {got}; pass [N, K] and [K, K]")
     if not damp >= 0:
         raise ValueError(f"weight_saliency: damp is {damp}; allowed are shares from 0 upwards")
-    weight, hessian = weight.double(), hessian.double()
-    if not bool(weight.isfinite().all() and hessian.isfinite().all()):
+    weight, damped = weight.double(), hessian.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    if not (all_finite(weight) and all_finite(damped)):
         raise ValueError("weight_saliency: the weight or the hessian has NaN or Inf; the calibration inputs are not finite")
-    diagonal = hessian.diagonal()
+    diagonal = damped.diagonal()
     silent = diagonal == 0
-    damped = hessian + torch.diag(damp * diagonal.mean() + silent.double())
+    diagonal.add_(damp * diagonal.mean() + silent.double())
     # H = R R^T with R upper triangular makes chol(H^-1) = R^-T, whose diagonal is 1 / R_jj: no inverse is needed.
-    factor, fault = torch.linalg.cholesky_ex(damped.flip(0, 1))
-    if int(fault):
+    lower = torch.empty_like(damped).T
+    if not cholesky_into(reverse_(damped), lower):
         raise ValueError(f"weight_saliency: the hessian is not positive definite with damp = {damp}; raise damp")
-    scores = weight.square().sum(0) * factor.diagonal().flip(0).square()
+    scores = weight.square().sum(0) * lower.diagonal().flip(0).square()
     return torch.where(silent, 0.0, scores)
 
 
@@ -105,16 +108,17 @@ class _Reader:
 class SaliencyObserver:
     """Adds up saliency while a model runs, and sees which layers read the same tensor.
 
-    Use as a context manager round the calibration passes; nothing but one score a channel is kept of them.
+    Use as a context manager round the calibration passes; nothing but one score a channel is kept of them. positions: which
+    of a batch's positions count, as whoever runs it says; None: all.
     """
 
-    def __init__(self, layers: dict[str, nn.Linear], score: bool = True) -> None:
+    def __init__(self, layers: dict[str, nn.Linear], score: bool = True, positions: Positions | None = None) -> None:
         self.readers = {
             name: _Reader(name, layer, torch.zeros(layer.in_features, device=layer.weight.device))
             for name, layer in layers.items()
         }
         self.sequence: list[str] = []  # layers in the order of their first calls
-        self._score, self._handles = score, []
+        self._score, self._positions, self._handles = score, positions or Positions(), []
         self._seen: tuple | None = None
 
     def __enter__(self) -> SaliencyObserver:
@@ -137,7 +141,7 @@ class SaliencyObserver:
         if reader.calls == 0:
             self.sequence.append(reader.name)
         reader.calls += 1
-        flat = x.detach().reshape(-1, x.shape[-1])
+        flat = self._positions.rows(x.detach())
         reader.tokens += flat.shape[0]
         if not self._score or flat.shape[0] == 0:
             return

@@ -47,8 +47,13 @@ class SpikeGrid:
         return q.to(torch.uint8), (q - zero).mul_(scale)
 
 
-def quantize_spikes(weight: Tensor, hessian: Tensor, mask: Tensor, config: SpikeConfig) -> Quantized:
-    """GPTQ for ``TernaryLinear.from_quantized``: weight float [N, K], hessian [K, K], mask of salient channels bool [K]."""
+def quantize_spikes(
+    weight: Tensor, hessian: Tensor, mask: Tensor, config: SpikeConfig, *, overwrite: bool = False
+) -> Quantized:
+    """GPTQ for ``TernaryLinear.from_quantized``: weight float [N, K], hessian [K, K], mask of salient channels bool [K].
+
+    overwrite as for :func:`gptq`.
+    """
     from ranvier.reference.ternary_linear import quantize_weight
 
     rule = {"steps": config.steps, "weight_grid": config.weight_grid, "span": config.span, "grid": config.grid}
@@ -58,7 +63,7 @@ def quantize_spikes(weight: Tensor, hessian: Tensor, mask: Tensor, config: Spike
     else:
         tops = (3, 4 * config.steps - 1 if config.grid == "compat" else 3 * config.steps)
     grid = SpikeGrid(weight, mask, hessian.diagonal().to(weight.dtype), scale, zero, tops)
-    return Quantized(gptq(weight, hessian, grid), grid.scale, grid.zero)
+    return Quantized(gptq(weight, hessian, grid, overwrite=overwrite), grid.scale, grid.zero)
 
 
 class BinaryGrid:
