@@ -188,6 +188,9 @@ def test_generate_continues_greedily():
         if int(following) == tokenizer.eos_token_id:
             break
     assert generate(model, tokenizer, "the node of", 5) == tokenizer.decode(ids[0], skip_special_tokens=True)
+    for prompt in (None, ["the", "a"]):
+        with pytest.raises(TypeError, match=f"the prompt is {type(prompt).__name__}; pass one text"):
+            generate(model, tokenizer, prompt)
     with pytest.raises(ValueError, match="the prompt is empty"):
         generate(model, tokenizer, "")
     with pytest.raises(ValueError, match="max_new_tokens is 0"):

@@ -245,9 +245,11 @@ def _row(op: str, name: str, values: int | Tensor, like: Tensor, cache: Tensor, 
     """
     if isinstance(values, Tensor):
         return values
-    if type(values) is not int:
+    if isinstance(values, bool) or not isinstance(values, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} is {values!r}; pass a whole number, or int64 [batch]")
-    room = BLOCK * cache.shape[2] if isinstance(cache, Tensor) and cache.ndim == 4 else None
+    # Of another cache the op itself says what is wrong.
+    fits = isinstance(cache, Tensor) and cache.ndim == 4 and cache.is_contiguous()
+    room = BLOCK * cache.shape[2] if fits else None
     if values < first or (room is not None and values > room - last):
         raise ValueError(
             f"{op}: {name} is {values}; with this many tokens in the call it must be from {first} to {room - last}, as the"
@@ -321,16 +323,8 @@ def kv_attention(
     check_is_tensor("kv_attention", "query", query)
     head_dim, queries = (query.shape[-1], query.shape[2]) if query.ndim == 4 else (0, 0)
     scale = float(scale if scale is not None else max(head_dim, 1) ** -0.5)
-    given = (
-        key_mask,
-        value_mask,
-        _row("kv_attention", "lengths", lengths, query, cache, queries, 0),
-        starts,
-        mask,
-        form.key_salient,
-        form.value_salient,
-        scale,
-    )
+    lengths = _row("kv_attention", "lengths", lengths, query, cache, queries, 0)
+    given = (key_mask, value_mask, lengths, starts, mask, form.key_salient, form.value_salient, scale)
     return op(query, cache, *given, backend=backend)
 
 
