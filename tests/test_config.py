@@ -75,6 +75,7 @@ def test_defaults_are_the_papers_w4a4() -> None:
         "act_clip": 1.0,
         "weight_grid": "uniform",
         "saliency": "signed",
+        "head_bits": None,
         "calibration": None,
     }
 
