@@ -1,4 +1,4 @@
-// What tests of kernels over one row of floats share: the levels of this machine, and that each writes the first one's bits.
+// What tests of kernels over one row of floats share: the levels that the processor has, and that each writes the first one's bits.
 #pragma once
 
 #include <type_traits>
