@@ -268,7 +268,21 @@ void bind_spike_neighbours(py::module_& m) {
   });
 }
 
-void bind_kv(py::module_& m) {
+// An attention whose call is packed in bytes, and its logits' scale.
+template <class Call>
+void bind_attention(py::module_& m, const char* name, Status (*run)(const Call&, float)) {
+  m.def(name, [name, run](const py::bytes& call, double scale) {
+    const auto c = unpack<Call>(call);
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = run(c, static_cast<float>(scale));
+    }
+    raise_on(status, name);
+  });
+}
+
+void bind_attentions(py::module_& m) {
   m.def("kv_append", [](const py::bytes& call) {
     const auto c = unpack<ranvier::KvAppend>(call);
     Status status;
@@ -278,27 +292,8 @@ void bind_kv(py::module_& m) {
     }
     raise_on(status, "kv_attention_encode");
   });
-  m.def("kv_attention", [](const py::bytes& call, double scale) {
-    const auto c = unpack<ranvier::KvAttention>(call);
-    Status status;
-    {
-      py::gil_scoped_release release;
-      status = ranvier::kv_attention(c, static_cast<float>(scale));
-    }
-    raise_on(status, "kv_attention");
-  });
-}
-
-void bind_flash_attention(py::module_& m) {
-  m.def("flash_attention", [](const py::bytes& call, double scale) {
-    const auto c = unpack<ranvier::FlashAttention>(call);
-    Status status;
-    {
-      py::gil_scoped_release release;
-      status = ranvier::flash_attention(c, static_cast<float>(scale));
-    }
-    raise_on(status, "flash_attention");
-  });
+  bind_attention(m, "kv_attention", ranvier::kv_attention);
+  bind_attention(m, "flash_attention", ranvier::flash_attention);
 }
 
 }  // namespace
@@ -310,6 +305,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_weight_only(m);
   bind_hadamard(m);
   bind_spike_neighbours(m);
-  bind_kv(m);
-  bind_flash_attention(m);
+  bind_attentions(m);
 }

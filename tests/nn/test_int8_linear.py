@@ -125,7 +125,7 @@ def test_from_quantized() -> None:
     scale, zero = torch.rand(N, 1, generator=g) + 0.1, torch.randint(0, 256, (N, 1), generator=g, dtype=torch.uint8)
     layer = Int8Linear.from_quantized(source, None, None, q, scale, zero)
     torch.testing.assert_close(layer.dequantized_weight(), scale * (q.float() - zero.float()), rtol=2e-7, atol=2e-5)
-    with pytest.raises(ValueError, match=r"q is \[1, \d+\]"):
+    with pytest.raises(ValueError, match=r"Int8Linear.from_quantized: q has shape \[1, \d+\]"):
         Int8Linear.from_quantized(source, None, None, q[:1], scale, zero)
     with pytest.raises(TypeError, match="scale"):
         Int8Linear.from_quantized(source, None, None, q, scale.double(), zero)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ranvier import _C
 from ranvier.config import SpikeConfig
 from ranvier.nn.spike_linear import SpikingLinear
-from ranvier.ops._args import DTYPES, check_is_tensor
+from ranvier.ops._args import DTYPES
 from ranvier.ops.spike_encode import SpikeFormat
 from ranvier.ops.spike_linear import PackedWeight, pack_quantized, spike_linear_dynamic, unpack_weight
 from ranvier.reference.spike_encode import spike_decode
@@ -41,26 +41,6 @@ class Int8Linear(SpikingLinear):
         if salient_mask is not None and bool(torch.as_tensor(salient_mask).any()):
             raise ValueError(f"Int8Linear.{way}: salient_mask marks channels; with 8-bit weights no channel is salient")
         return super()._shell(way, linear, config, salient_mask)
-
-    @classmethod
-    def from_quantized(
-        cls,
-        linear: nn.Linear,
-        config: SpikeConfig | None,
-        salient_mask: Tensor | None,
-        q: Tensor,
-        scale: Tensor,
-        zero: Tensor,
-    ) -> Int8Linear:
-        """A layer with ready codes: q uint8 [N, K], scale float32 [N, 1], zero uint8 [N, 1].
-
-        Raises like :meth:`SpikingLinear.from_linear`, and for tables of another shape or dtype or scales not above 0.
-        """
-        layer = cls._shell("from_quantized", linear, config, salient_mask)
-        check_is_tensor("Int8Linear.from_quantized", "q", q)
-        if tuple(q.shape) != tuple(linear.weight.shape):
-            raise ValueError(f"Int8Linear.from_quantized: q is {list(q.shape)}; it must be {list(linear.weight.shape)}")
-        return layer._take(layer._pack(Quantized(q, scale, zero)))
 
     @property
     def format(self) -> SpikeFormat:

@@ -194,12 +194,15 @@ class SpikingLinear(nn.Module):
         as :func:`ranvier.reference.spike_linear.quantize_weight` returns them: group_size channels of each range in the
         codes' order (other channels, then salient ones, both ascending), or one group a range.
 
+        :class:`Int8Linear` takes codes up to 255 and one group.
+
         Raises like :meth:`from_linear`, and for tables of another shape or dtype, codes above 15 or scales not above 0.
         """
         layer = cls._shell("from_quantized", linear, config, salient_mask)
-        check_is_tensor("SpikingLinear.from_quantized", "q", q)
-        check_tensor("SpikingLinear.from_quantized", "q", q, torch.uint8, tuple(linear.weight.shape))
-        return layer._take(pack_quantized(Quantized(q, scale, zero), layer.salient_mask, layer.format))
+        where = f"{cls.__name__}.from_quantized"
+        check_is_tensor(where, "q", q)
+        check_tensor(where, "q", q, torch.uint8, tuple(linear.weight.shape))
+        return layer._take(layer._pack(Quantized(q, scale, zero)))
 
     @staticmethod
     def default_config() -> SpikeConfig:
@@ -231,6 +234,9 @@ class SpikingLinear(nn.Module):
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
         return layer.train(linear.training)
+
+    def _pack(self, weight: Quantized) -> PackedWeight:
+        return pack_quantized(weight, self.salient_mask, self.format)
 
     def _quantize(self, weight: Tensor) -> PackedWeight:
         return pack_weight(weight, self.salient_mask, self.format)
