@@ -96,6 +96,7 @@ def test_calibration_is_no_part_of_the_value() -> None:
         ({"salient": 0.0}, "activations", 2, 0.0, False),
         ({"salient": 0.0, "pipeline": "gptq"}, "activations", 2, 0.0, True),
         ({"span": "separate"}, "activations", 1, 0.1, True),
+        ({"act_bits": 8, "salient": 0.0}, "activations", 1, 0.0, False),
         ({"act_bits": None}, "activations", 1, 0.0, False),
         ({"act_bits": None, "pipeline": "omniquant"}, "activations", 1, 0.0, True),
         ({"weight_bits": 2, "act_bits": 8}, "weights", 1, 0.1, True),

@@ -178,6 +178,11 @@ def test_growing_keeps_what_is_stored() -> None:
         assert handle.shape == (2, 2, end, 16) and handle.spiking_layer is parts
     assert all(torch.equal(a, b) for a, b in zip(whole.decoded(), parts.decoded(), strict=True))
     assert whole.nbytes() == parts.nbytes() == 2 * 2 * 4 * whole.form.block_bytes
+    parts.crop(-100)
+    assert parts.nbytes() == 2 * 2 * 2 * whole.form.block_bytes  # of 100 tokens, whatever room there is
+    ragged = SpikingCacheLayer(KVMasks(*(torch.arange(16) < torch.tensor([[n], [5]]) for n in (1, 3))))
+    ragged.update(key, value)  # bits for the head with the most
+    assert (ragged.form.key_salient, ragged.form.value_salient) == (5, 5)
     full = SpikingCacheLayer(masks)
     for begin, end, blocks in ((0, 60, 1), (60, 64, 1), (64, 65, 2)):  # a block is used up before another is taken
         full.update(key[:, :, begin:end], value[:, :, begin:end])

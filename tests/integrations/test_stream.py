@@ -175,6 +175,36 @@ def test_killed_in_the_middle_it_resumes_to_the_same_bytes(tmp_path: Path, rotat
     assert content(target) == content(tmp_path / "straight")
 
 
+def test_omniquant_interrupted_between_blocks_is_what_it_is_in_memory(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its targets, the stream without quantization, are taken up too; the seed reaches the order of the steps."""
+    from ranvier.integrations import stream
+
+    config, real = SpikeConfig(pipeline="omniquant"), stream.Work.add
+
+    def add(self: object, *arguments: object) -> None:
+        real(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream.Work, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+        convert_folder(source, tmp_path / "one", config, batches(), tokenizer=tiny_tokenizer(), seed=3)
+    monkeypatch.undo()
+    convert_folder(source, tmp_path / "one", config, batches(), tokenizer=tiny_tokenizer(), seed=3)
+    in_memory(source, tmp_path / "other", config, seed=3)
+    assert content(tmp_path / "one") == content(tmp_path / "other")
+
+
+def test_a_folder_of_another_kind_is_left_before_anything_is_read(tmp_path: Path) -> None:
+    """Nothing of the user's is replaced, and the source does not even have to be there."""
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "thesis.tex").touch()
+    with pytest.raises((ValueError, OSError), match="target"):
+        convert_folder(tmp_path / "nowhere", tmp_path / "target", SpikeConfig(), batches())
+    assert [path.name for path in tmp_path.rglob("*")] == ["target", "thesis.tex"]
+
+
 def test_work_of_something_else_is_not_taken_over(tmp_path: Path, source: Path) -> None:
     """Another config, calibration, seed or source, a damaged record, or resume=False begins anew."""
     from ranvier.integrations import stream
@@ -196,6 +226,11 @@ def test_work_of_something_else_is_not_taken_over(tmp_path: Path, source: Path) 
     assert len(stream.Work(folder, "one", True).blocks) == 1
     assert not stream.Work(folder, "two", True).blocks
     assert not stream.Work(folder, "two", False).blocks and not folder.joinpath("block-00000.safetensors").exists()
+    stream.Work(folder, "two", True).add({"layers": [], "tokens": 1}, {"a": torch.ones(1)}, {"hidden.0": torch.ones(1)})
+    work = stream.Work(folder, "two", True)
+    work.add({"layers": [], "tokens": 1}, {"a": torch.ones(1)}, {"hidden.0": torch.ones(1)})
+    assert len(list(folder.glob("hidden-*"))) == 1 and len(list(folder.glob("block-*"))) == 2  # one set of states is kept
+    assert not stream.Work(folder, "two", False).blocks
     (folder / "progress.json").write_text("{")
     assert not stream.Work(folder, "two", True).blocks
 

@@ -220,3 +220,29 @@ def test_one_difference_is_enough_to_leave_an_mlp(change, reason: str) -> None:
     report = fuse_(model)
     assert model.model.layers[0].mlp is mlp and reason in report.left["model.layers.0.mlp"] and len(report.mlps) == 1
     assert same(mlp(x), expected)
+
+
+def test_an_mlp_that_holds_more_than_its_layers_stays() -> None:
+    """A buffer or parameter of its own would vanish from the state dict."""
+    model = spiking_llama()
+    first, second = (layer.mlp for layer in model.model.layers)
+    first.register_buffer("calls", torch.zeros(1))
+    second.gain = nn.Parameter(torch.ones(1))
+    names = list(model.state_dict())
+    report = fuse_(model)
+    assert list(model.state_dict()) == names and not report.mlps
+    assert all("and more" in report.left[f"model.layers.{i}.mlp"] for i in (0, 1))
+
+
+class Narrow(Odd):
+    """An RMSNorm that computes in the type of x."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def test_a_norm_of_other_roundings_stays() -> None:
+    """In float32 it is an RMSNorm; in bfloat16 its sums are rounded where no formula here rounds."""
+    model = spiking_llama()
+    model.model.norm = Narrow()
+    assert "something else" in fuse_(model).left["model.norm"]

@@ -95,6 +95,18 @@ class _Fixed:
         return self.grid.round(column, channel)
 
 
+@pytest.mark.parametrize("act_order", [True, False])
+def test_grids_are_fitted_first_where_act_order_mixes_the_groups(act_order: bool) -> None:
+    """static=None is static under act_order, and only there."""
+    weight, hessian = layer(96)
+    found = []
+    for static in (None, True, False):
+        grid = uniform(96, (), 32)
+        found.append((gptq(weight, hessian, grid, act_order=act_order, static=static), grid.scale))
+    same = [all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True)) for other in found[1:]]
+    assert same == [act_order, not act_order]
+
+
 def test_factor_of_the_inverse() -> None:
     """U is upper triangular and U^T U the inverse; K eps cond(H), 64 * 2e-16 * 1e4, bounds the relative error."""
     _, hessian = layer(64)
@@ -186,6 +198,8 @@ def test_inputs_stay_and_bad_ones_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             gptq(*given, uniform(24))
+    with pytest.raises(ValueError, match=r"percdamp=-0\.1"):
+        gptq(weight, hessian, uniform(24), percdamp=-0.1)
     with pytest.raises(ValueError, match="block=0"):
         gptq(weight, hessian, uniform(24), block=0)
 

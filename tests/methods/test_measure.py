@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_lm import spiking_llama, tiny_llama, token_batch
@@ -133,6 +135,26 @@ def test_generation_speed(make) -> None:
     # One prefill and one step more than measured, to warm up.
     assert calls == [(20, False, 0)] * 3 + [(8, True, 0)] + [(1, True, 8 + i) for i in range(6)]
     assert model.training
+
+
+class Next(nn.Module):
+    """A language model to which the number after the last one is likeliest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[int] = []
+
+    def forward(self, ids: Tensor, past_key_values: int | None = None, use_cache: bool = True) -> SimpleNamespace:
+        self.read.append(ids[0, -1].item())
+        length = (past_key_values or 0) + ids.shape[1]
+        return SimpleNamespace(logits=nn.functional.one_hot(ids + 1, 30), past_key_values=length)
+
+
+def test_steps_are_greedy() -> None:
+    """Every step reads what the last token's logits of the step before say."""
+    model = Next()
+    generation_speed(model, torch.arange(9)[None], new_tokens=4, context=6, repeats=1)
+    assert model.read == [8, 8, 5, 6, 7, 8, 9, 10]
 
 
 @formats

@@ -170,6 +170,19 @@ def test_settings_without_operations_are_not_drawn(tmp_path: Path) -> None:
     assert picture(operations([silent, row], tmp_path / "y.png", "")).shape[0] > one.shape[0]
 
 
+def test_tokens_go_from_left_to_right_with_their_steps(tmp_path: Path) -> None:
+    """Where the first of six tokens alone fires, in both of its steps, the first sixth of the axes is dark."""
+    spikes, salient = counts()
+    spikes[1:], spikes[0, :, salient] = 0, 15
+    pixels = picture(spike_raster(torch.where(salient, spikes, 0), salient, tmp_path / "a.png", ""))
+    line = int(near(pixels, SPIKING).sum(1).argmax())
+    across = np.flatnonzero(near(pixels[line : line + 1], SPIKING)[0])
+    left, width = across.min(), across.max() - across.min()
+    # Far above the words beside the line; the frame is left out.
+    dark = np.flatnonzero((pixels[line - 45 : line - 35, left + 6 : left + width - 6].max(-1) < 100).all(0))
+    assert width / 9 < dark.max() < width / 6
+
+
 def test_salient_map_shows_shares(tmp_path: Path) -> None:
     """Masks of any width are drawn alike: all salient is dark, none is light, the first half is dark to the left."""
     half = torch.arange(1920) < 960

@@ -149,6 +149,17 @@ def test_seeds_give_other_weights_of_the_same_function() -> None:
     assert relative(logits(second), logits(first)) < 1e-5
 
 
+def test_blocks_are_turned_by_signs_of_their_own() -> None:
+    """Two blocks of the same weights have other values in their heads and before down_proj afterwards."""
+    model = family_model("llama")
+    model.model.layers[1].load_state_dict(model.model.layers[0].state_dict())
+    rotate_(model)
+    first, second = (dict(layer.named_parameters()) for layer in model.model.layers)
+    assert torch.equal(first["self_attn.q_proj.weight"], second["self_attn.q_proj.weight"])
+    for name in ("self_attn.v_proj.weight", "mlp.up_proj.weight"):
+        assert not torch.equal(first[name], second[name])
+
+
 def test_outliers_are_spread() -> None:
     """The stream of a model with one channel 20 times as large as the rest is even after the rotation."""
     model, peaks = family_model("llama"), []

@@ -410,6 +410,8 @@ def test_bad_codes() -> None:
         ternary_linear(X, scale, W, N, BIAS, MASK)
     with pytest.raises(ValueError, match="scale"):
         ternary_linear(codes, scale[:1], W, N, BIAS, MASK)
+    with pytest.raises(ValueError, match="weight_packed has shape"):
+        ternary_linear(codes, scale, W._replace(packed=W.packed[:, :-1]), N, BIAS, MASK)
     with pytest.raises(ValueError, match="scale is on meta"):
         ternary_linear(codes, scale.to("meta"), W, N, BIAS, MASK)
     with pytest.raises(TypeError, match="float64"):

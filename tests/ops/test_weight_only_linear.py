@@ -94,6 +94,10 @@ def test_layouts(dtype: torch.dtype) -> None:
     for name, view in layouts(x):
         expected = weight_only_linear(view.clone(memory_format=torch.contiguous_format), weight, form, 20)
         assert same(weight_only_linear(view, weight, form, 20), expected), name
+    bias, wide = torch.randn(20, 2, dtype=dtype)[:, 0], [torch.stack([t, t], -1)[..., 0] for t in weight[:3]]
+    given = weight._replace(packed=wide[0], scale=wide[1], zero=wide[2])
+    expected = weight_only_linear(x, weight, form, 20, bias.contiguous())
+    assert not wide[0].is_contiguous() and same(weight_only_linear(x, given, form, 20, bias), expected)
 
 
 def test_not_finite_touches_its_own_token(isa: str) -> None:
