@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from tiny_lm import TEXT, logits, tiny_llama, tiny_tokenizer
 
 import ranvier
 from ranvier import _C, cli
-from ranvier.cli import COMMANDS, main
+from ranvier.cli import COMMANDS, _options, main
 from ranvier.methods.spikellm.evaluate import perplexity
 from ranvier.ops._declare import OPS
 
@@ -236,6 +237,30 @@ def test_spikellm_notes_what_it_does_not_know(capsys, tmp_path):
     assert main(["spikellm", "quantize", str(tmp_path / "neox"), str(tmp_path / "out"), "--calibration-tokens", "40"]) == 0
     printed = capsys.readouterr().out
     assert "note: GPTNeoXForCausalLM (gpt_neox) is of no family" in printed and "nothing was fused" in printed
+
+
+def test_every_option_of_a_conversion_reaches_its_field():
+    """Each alone changes the field of its name and no other; of the float tensors the dtype is that asked for."""
+    parser = argparse.ArgumentParser()
+    _options.add_config(parser)
+    default = ranvier.SpikeConfig()
+    for words, field, value in (
+        ("--pipeline gptq", "pipeline", "gptq"), ("--rotate", "rotate", True), ("--weight-bits 2", "weight_bits", 2),
+        ("--act-bits none", "act_bits", None), ("--act-bits 3", "act_bits", 3), ("--act-clip 0.5", "act_clip", 0.5),
+        ("--steps 3", "steps", 3), ("--salient 0.2", "salient", 0.2), ("--saliency absolute", "saliency", "absolute"),
+        ("--span separate", "span", "separate"), ("--grid compat", "grid", "compat"), ("--group-size 64", "group_size", 64),
+        ("--skip a b", "skip", ("a", "b")), ("--head-bits 8", "head_bits", 8),
+    ):  # fmt: skip
+        config = _options.config_of(parser.parse_args(words.split()))
+        assert config == ranvier.SpikeConfig(**{field: value}) and config != default, words
+    ternary = _options.config_of(parser.parse_args(["--weight-bits", "2", "--weight-grid", "ternary"]))
+    assert ternary == ranvier.SpikeConfig(weight_bits=2, weight_grid="ternary")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float_tensors_have_the_dtype_asked_for(models, dtype):
+    model, _ = _options.load_model(argparse.Namespace(model=str(models / "plain"), dtype=dtype))
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

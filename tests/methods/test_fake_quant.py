@@ -7,7 +7,14 @@ import torch
 from decoder_block import Frozen, mask_of
 from spiking import MAIN_RULES, format_of, rule_id
 
-from ranvier.methods.spikellm.fake_quant import fake_input, fake_weight, quantized_weight, weight_layout
+from ranvier.methods.spikellm.fake_quant import (
+    CLIP_SHARES,
+    fake_input,
+    fake_weight,
+    quantized_weight,
+    search_clip,
+    weight_layout,
+)
 from ranvier.reference.spike_encode import channel_order, spike_decode
 from ranvier.reference.spike_linear import quantize_weight
 
@@ -62,3 +69,19 @@ def test_weight_codes_without_clipping_are_round_to_nearest(rule: dict, size: in
     assert torch.equal(ours.q[:, order], q)
     assert torch.equal(ours.scale.expand_as(scale), scale) and torch.equal(ours.zero.expand_as(zero), zero)
     assert ours.scale.shape == (5, sum(form.groups))
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_searched_clipping_has_the_least_weighted_error(group_size: int | None) -> None:
+    """Of all shares, for every row or group, by the power of each channel's input."""
+    mask = mask_of(64, 0)
+    layout = weight_layout(format_of(mask, MAIN_RULES[0], group_size), mask)
+    weight, power = torch.randn(6, 64, dtype=torch.float64), torch.exp(3 * torch.randn(64)).double()
+    groups = layout.groups if group_size else torch.zeros(64, dtype=torch.int64)
+    errors = []
+    for share in CLIP_SHARES:
+        logit = torch.logit(torch.full((6, int(groups.max()) + 1), share, dtype=torch.float64))
+        error = (fake_weight(weight, layout, (logit, logit)) - weight).square() * power
+        errors.append(torch.stack([error[:, groups == g].sum(1) for g in groups.unique()], 1))
+    best = torch.tensor(CLIP_SHARES, dtype=torch.float64)[torch.stack(errors).argmin(0)]
+    torch.testing.assert_close(torch.sigmoid(search_clip(weight, layout, power)), best, rtol=1e-9, atol=0)

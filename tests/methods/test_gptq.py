@@ -7,8 +7,9 @@ import torch
 from spiking import generator
 from torch import Tensor
 
+from ranvier.config import SpikeConfig
 from ranvier.methods.spikellm.gptq import UniformGrid, gptq, inverse_factor, quantize_gptq
-from ranvier.methods.spikellm.spike_grid import SHARES, BinaryGrid, SpikeGrid, binarize_by_gptq
+from ranvier.methods.spikellm.spike_grid import SHARES, BinaryGrid, SpikeGrid, binarize_by_gptq, quantize_spikes
 from ranvier.ops.spike_encode import SpikeFormat
 from ranvier.reference.spike_linear import WEIGHT_TOP, dequantize_weight, group_index, quantize_weight
 from ranvier.reference.ternary_linear import binarize_partially
@@ -266,3 +267,31 @@ def test_spiking_levels_are_the_best_share_of_a_row(grid: str, tops: tuple[int, 
     best = torch.stack(errors).argmin(0)
     expected = scale.double() * torch.tensor(SHARES)[best, None].double()
     torch.testing.assert_close(found.scale.double(), expected, rtol=2.0**-20, atol=0)  # stored in float32
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_uniform_levels_include_zero(sign: int) -> None:
+    """A row of one sign begins, or ends, at 0."""
+    weight = sign * (torch.rand(N, 20, generator=generator(4)) + 0.5).double()
+    grid = uniform(20, shrink=1)
+    grid.fit(0, weight, torch.ones(20).double())
+    assert (grid.zero == (0 if sign > 0 else WEIGHT_TOP)).all()
+    torch.testing.assert_close(grid.scale[:, 0].double() * WEIGHT_TOP, weight.abs().amax(1), rtol=2.0**-22, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tops"),
+    [
+        ({"steps": 3}, (3, 9)),
+        ({"steps": 4, "grid": "compat"}, (3, 15)),
+        ({"steps": 3, "weight_grid": "ternary"}, (2, 6)),
+        ({"steps": 3, "weight_grid": "ternary", "span": "separate"}, (2, 6)),
+    ],
+    ids=str,
+)
+def test_codes_of_spiking_weights_are_sums_of_spikes(fields: dict, tops: tuple[int, int]) -> None:
+    """Heavy tails saturate: both kinds of columns reach the highest code that T spikes give, and none goes beyond."""
+    weight, hessian = layer(80)
+    weight, mask = weight.float() * weight.float().square(), torch.arange(80) % 4 == 0
+    q, _, _ = quantize_spikes(weight, hessian.float(), mask, SpikeConfig(weight_bits=2, act_bits=8, **fields))
+    assert (int(q[:, ~mask].max()), int(q[:, mask].max())) == tops

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ranvier
 from ranvier.methods.spikellm import omniquant
-from ranvier.methods.spikellm.equivalent import Pair, storable, transformed
+from ranvier.methods.spikellm.equivalent import Pair, initial_scales, storable, transformed
 from ranvier.methods.spikellm.fake_quant import fake_input
 from ranvier.methods.spikellm.omniquant import OmniquantOptions, SimulatedBlock, fit_block, omniquant_block
 from ranvier.methods.spikellm.saliency import SaliencyObserver
@@ -400,6 +400,18 @@ def test_transforms_of_one_weight_add_up() -> None:
     for turn in (1, -1):  # powers of two: exact
         found = transformed(tensors, pairs[::turn], scales[::turn])
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_starting_scales() -> None:
+    """act_max^alpha / w_max^(1 - alpha), both the largest of all the readers' channels of one source; mean log 0."""
+    index = torch.tensor([0, 1, 2, 0, 1, 2])
+    tensors = {"a.weight": torch.randn(5, 6), "b.weight": torch.randn(3, 6)}
+    peaks = torch.rand(6) + 0.1
+    s = initial_scales(Pair("v", ("a", "b"), index, 3, 0.0), tensors, peaks, 0.75)
+    w_max = torch.cat(list(tensors.values())).abs().amax(0)
+    act, weight = (peak.view(2, 3).amax(0) for peak in (peaks, w_max))
+    expected = act**0.75 / weight**0.25
+    torch.testing.assert_close(s, expected / expected.log().mean().exp(), rtol=1e-5, atol=0)  # a few roundings of logarithms
 
 
 def test_scales_of_a_norm_stay_where_no_stored_weight_gives_one() -> None:

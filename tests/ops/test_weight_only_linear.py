@@ -131,6 +131,18 @@ def test_gradient_is_the_float_products(dtype: torch.dtype) -> None:
     assert torch.equal(x.grad, grad @ unpack_weight(weight, None, form, 9).to(dtype)) and torch.equal(bias.grad, grad.sum(0))
 
 
+@pytest.mark.parametrize("learned", ["x", "bias"])
+def test_gradient_of_one_alone(learned: str) -> None:
+    """A frozen input or a frozen bias has no part in the other's gradient."""
+    weight, form = packed(24, 9)
+    given = {"x": torch.randn(4, 24, requires_grad=learned == "x"), "bias": torch.randn(9, requires_grad=learned == "bias")}
+    weight_only_linear(given["x"], weight, form, 9, given["bias"]).sum().backward()
+    expected = {"x": unpack_weight(weight, None, form, 9).sum(0).expand(4, 24), "bias": torch.full((9,), 4.0)}
+    # Sums of nine numbers of some tenths.
+    torch.testing.assert_close(given[learned].grad, expected[learned], rtol=1e-5, atol=1e-6)
+    assert all(t.grad is None for name, t in given.items() if name != learned)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
