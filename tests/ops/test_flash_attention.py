@@ -180,6 +180,9 @@ def test_empty_and_refused() -> None:
         flash_attention(query, key.bfloat16(), value)
     with pytest.raises(TypeError, match="float64"):
         flash_attention(query.double(), key.double(), value.double())
+    for scale, error in (("x", TypeError), (True, TypeError), (torch.nan, ValueError), (torch.inf, ValueError)):
+        with pytest.raises(error, match=r"scale is .*; pass a"):
+            flash_attention(query, key, value, scale=scale)
     wide = torch.zeros(1, 1, 1, 513)
     with pytest.raises(ValueError, match="D is 513"):
         flash_attention(wide, wide, wide)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -69,3 +71,14 @@ def check_channels(op: str, x: Tensor, channels: int) -> None:
         raise ValueError(f"{op}: x has no dimensions; its last one must hold {channels} channels")
     if x.shape[-1] != channels:
         raise ValueError(f"{op}: x has {x.shape[-1]} channels in its last dimension; this layer takes {channels}")
+
+
+def logit_scale(op: str, scale: float | None, channels: int) -> float:
+    """The scale of an attention's logits, ``channels ** -0.5`` for None. Raises TypeError or ValueError for no finite number."""
+    if scale is None:
+        return float(max(channels, 1) ** -0.5)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: scale is {scale!r}; pass a number, or None for D ** -0.5")
+    if isinstance(scale, (int, float)) and not math.isfinite(scale):
+        raise ValueError(f"{op}: scale is {scale!r}; pass a finite number, or None for D ** -0.5")
+    return float(scale)

@@ -13,7 +13,7 @@ import struct
 from torch import Tensor
 
 from ranvier import _C
-from ranvier.ops._args import DTYPES, check_device, check_float, dense_rows
+from ranvier.ops._args import DTYPES, check_device, check_float, dense_rows, logit_scale
 from ranvier.ops._declare import declare
 from ranvier.reference import flash_attention as reference
 
@@ -107,10 +107,9 @@ def flash_attention(
 
     The gradient is exact; it makes the Lq x L matrix that the forward pass avoids.
 
-    Raises ValueError for shapes that do not fit, TypeError for dtypes, BackendError for a backend that cannot run; there is
+    Raises ValueError for shapes that do not fit and a scale that is not finite, TypeError for dtypes, BackendError for a backend that cannot run; there is
     no Triton kernel, on GPUs use torch's scaled_dot_product_attention.
     """
     check_float("flash_attention", "query", query)
     channels = query.shape[-1] if query.ndim else 1
-    scale = float(max(channels, 1) ** -0.5 if scale is None else scale)
-    return op(query, key, value, bool(causal), scale, backend=backend)
+    return op(query, key, value, bool(causal), logit_scale("flash_attention", scale, channels), backend=backend)

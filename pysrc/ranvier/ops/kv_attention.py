@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ranvier import _C
-from ranvier.ops._args import DTYPES, check_device, check_float, check_is_tensor, dense_rows, pointer
+from ranvier.ops._args import DTYPES, check_device, check_float, check_is_tensor, dense_rows, logit_scale, pointer
 from ranvier.ops._declare import declare
 from ranvier.ops._kv_layout import BLOCK, KVFormat, pack_keys, pack_values, unpack_keys, unpack_values
 from ranvier.ops._kv_triton import attention_launches, encode_launches
@@ -322,7 +322,7 @@ def kv_attention(
     """
     check_is_tensor("kv_attention", "query", query)
     head_dim, queries = (query.shape[-1], query.shape[2]) if query.ndim == 4 else (0, 0)
-    scale = float(scale if scale is not None else max(head_dim, 1) ** -0.5)
+    scale = logit_scale("kv_attention", scale, head_dim)
     lengths = _row("kv_attention", "lengths", lengths, query, cache, queries, 0)
     given = (key_mask, value_mask, lengths, starts, mask, form.key_salient, form.value_salient, scale)
     return op(query, cache, *given, backend=backend)
