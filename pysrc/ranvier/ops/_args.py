@@ -74,7 +74,7 @@ def check_channels(op: str, x: Tensor, channels: int) -> None:
 
 
 def logit_scale(op: str, scale: float | None, channels: int) -> float:
-    """The scale of an attention's logits, ``channels ** -0.5`` for None. Raises TypeError or ValueError for no finite number."""
+    """The scale of an attention's logits, ``channels ** -0.5`` for None. Raises TypeError, ValueError for no finite one."""
     if scale is None:
         return float(max(channels, 1) ** -0.5)
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):

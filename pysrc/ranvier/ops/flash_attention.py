@@ -107,8 +107,8 @@ def flash_attention(
 
     The gradient is exact; it makes the Lq x L matrix that the forward pass avoids.
 
-    Raises ValueError for shapes that do not fit and a scale that is not finite, TypeError for dtypes, BackendError for a backend that cannot run; there is
-    no Triton kernel, on GPUs use torch's scaled_dot_product_attention.
+    Raises ValueError for shapes that do not fit and a scale that is not finite, TypeError for dtypes, BackendError for a
+    backend that cannot run; there is no Triton kernel, on GPUs use torch's scaled_dot_product_attention.
     """
     check_float("flash_attention", "query", query)
     channels = query.shape[-1] if query.ndim else 1
