@@ -2,15 +2,17 @@
 
 At its peak it holds one block, that block's working space and the calibration set's hidden states; weights come from the
 shards one block at a time, converted blocks go to a work folder beside the target as they are done. Llama-2-7B in bfloat16
-with 128 x 2048 calibration tokens and gptq, in GB (1e9 bytes):
+with 128 x 2048 calibration tokens and gptq, in GB (1e9 bytes), at the moment when down_proj's levels are fitted:
 
-    one block, 202.4 M weights            0.40    its float32 working copies, one layer at a time (11008 x 4096)   0.36
-    embeddings and head                   0.52    Gram matrix of down_proj, 11008^2 float32, with its factor: x 4  1.94
-    hidden states, 262,144 x 4096         2.15    activations of one 2048-token batch in a block                   0.4
+    python, torch, transformers         0.26    down_proj's Gram matrix, 11008^2 float32               0.48
+    embeddings and head                 0.52    its float32 weight, the fit's working copies of it     0.9
+    one block, 202.4 M weights          0.40    activations of one 2048-token batch, kept memory       0.7
 
-These are the tensors themselves. gptq works on further copies of the Gram matrix, 0.48 GB each for down_proj, so the peak lies
-above their sum; ``benchmarks/stream_memory.py`` measures it. omniquant holds the hidden states twice: its targets are a second
-stream of them. The model has 13.5. The packed model, 3.8 GB, is put together from mapped files at the end.
+That is 3.3, which a model of its shape with two layers and one batch of 2048 tokens takes (rtn: 2.6); the factor of the Gram
+matrix comes after the fit and holds two matrices of 0.48. Layers add nothing; the other batches add their hidden states,
+262,144 x 4096, 2.1, and position embeddings, 0.1: 5.6 in all (``benchmarks/stream_memory.py``, results beside it). omniquant
+holds the hidden states twice: its targets are a second stream of them. So does gptq where layers outside the blocks are
+converted. The model has 13.5. The packed model, 3.8 GB, is put together from mapped files at the end.
 """
 
 from __future__ import annotations
