@@ -2,17 +2,18 @@
 
 At its peak it holds one block, that block's working space and the calibration set's hidden states; weights come from the
 shards one block at a time, converted blocks go to a work folder beside the target as they are done. Llama-2-7B in bfloat16
-with 128 x 2048 calibration tokens and gptq, in GB (1e9 bytes), at the moment when down_proj's levels are fitted:
+with 128 x 2048 calibration tokens and gptq, in GB (1e9 bytes), where the most is held, in fitting a grid:
 
-    python, torch, transformers         0.26    down_proj's Gram matrix, 11008^2 float32               0.48
-    embeddings and head                 0.52    its float32 weight, the fit's working copies of it     0.9
-    one block, 202.4 M weights          0.40    activations of one 2048-token batch, kept memory       0.7
+    python, torch, transformers         0.26    Gram matrix of down_proj, 11008^2 float32              0.48
+    embeddings and head                 0.52    the rest: float32 copies of its weight, 0.18 each,
+    one block, 202.4 M weights          0.40    activations of one batch, memory that is kept          1.6
 
-That is 3.3, which a model of its shape with two layers and one batch of 2048 tokens takes (rtn: 2.6); the factor of the Gram
-matrix comes after the fit and holds two matrices of 0.48. Layers add nothing; the other batches add their hidden states,
-262,144 x 4096, 2.1, and position embeddings, 0.1: 5.6 in all (``benchmarks/stream_memory.py``, results beside it). omniquant
-holds the hidden states twice: its targets are a second stream of them. So does gptq where layers outside the blocks are
-converted. The model has 13.5. The packed model, 3.8 GB, is put together from mapped files at the end.
+The sum, 3.3, was measured on a model of its shape with two layers and one batch of 2048 tokens (rtn: 2.6), the last term is
+what the others leave of it, not told apart. The factor of the Gram matrix comes after the fit and holds two matrices of
+0.48. Layers add nothing; the other batches add their hidden states, 262,144 x 4096, 2.1, and position embeddings, 0.1: 5.6
+in all (``benchmarks/stream_memory.py``, results beside it). omniquant holds the hidden states twice: its targets are a
+second stream of them. So does gptq where layers outside the blocks are converted. The model has 13.5. The packed model, 3.8
+GB, is put together from mapped files at the end.
 """
 
 from __future__ import annotations
